@@ -1,0 +1,184 @@
+"""Every container that crosses a room.
+
+Letters in shape comments, here and everywhere: B images, N boxes of one image, K classes,
+P candidates of one image (anchors, points, proposals or queries), D numbers per box code,
+H x W padded frame in pixels. Boxes are float32 xyxy pixels, 0 <= x1 <= x2 <= W, 0 <= y1 <= y2 <= H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Instances:
+    """Objects of one image: annotations, pseudo boxes or detections.
+
+    boxes       float32 [N, 4]  xyxy pixels of the view they belong to
+    labels      int64   [N]     0 .. K-1
+    scores      float32 [N]     0 .. 1, None for annotations
+    quality     float32 [N]     0 .. 1, how well the box sits (centerness, v, s_loc), None where unknown
+    cls_weight  float32 [N]     >= 0, weight of a target in the class loss, None = 1
+    box_weight  float32 [N]     >= 0, weight of a target in the box loss, None = 1
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor | None = None
+    quality: Tensor | None = None
+    cls_weight: Tensor | None = None
+    box_weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Instances:
+        return self._apply(lambda t: t[index])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Instances:
+        return self._apply(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def detach(self) -> Instances:
+        return self._apply(torch.Tensor.detach)
+
+    def with_boxes(self, boxes: Tensor) -> Instances:
+        """The same objects at other places: boxes [N, 4]."""
+        return replace(self, boxes=boxes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Instances:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Instances(**{k: None if v is None else fn(v) for k, v in values.items()})
+
+    @staticmethod
+    def empty(device: torch.device | str = "cpu") -> Instances:
+        return Instances(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+
+    @staticmethod
+    def cat(parts: Sequence[Instances]) -> Instances:
+        """Objects of several lists of one image; a field is kept only where every part has it."""
+        out = {}
+        for f in fields(Instances):
+            values = [getattr(p, f.name) for p in parts]
+            out[f.name] = None if any(v is None for v in values) else torch.cat(values)
+        return Instances(**out)
+
+
+@dataclass
+class View:
+    """A batch of images under one augmentation.
+
+    images    uint8 [B, 3, H, W]  RGB, padded at the right and the bottom
+    sizes     int64 [B, 2]        (h, w) of the valid area, h <= H, w <= W
+    matrices  float64 [B, 3, 3]   source image pixels -> pixels of this view (homogeneous, column vectors)
+    targets   B Instances         annotations in this view's pixels; empty for unlabelled images, always
+    indices   B ints              position of each image in its sample list
+    """
+
+    images: Tensor
+    sizes: Tensor
+    matrices: Tensor
+    targets: list[Instances]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
+        return View(
+            self.images.to(device, non_blocking=non_blocking),
+            self.sizes.to(device, non_blocking=non_blocking),
+            self.matrices.to(device, non_blocking=non_blocking) if str(device) != "mps" else self.matrices,
+            [t.to(device, non_blocking) for t in self.targets],
+            self.indices,
+        )
+
+    def pin_memory(self) -> View:
+        return replace(self, images=self.images.pin_memory())
+
+
+@dataclass
+class SemiBatch:
+    """What one training step gets. `weak` and `strong` show the same unlabelled images in the same order.
+
+    bad: (path, reason) of images that could not be read and were replaced by others in this batch.
+    """
+
+    labeled: View
+    weak: View | None = None
+    strong: View | None = None
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SemiBatch:
+        move = [v.to(device, non_blocking) if v is not None else None for v in (self.weak, self.strong)]
+        return SemiBatch(self.labeled.to(device, non_blocking), move[0], move[1], self.bad)
+
+    def pin_memory(self) -> SemiBatch:
+        pin = [v.pin_memory() if v is not None else None for v in (self.weak, self.strong)]
+        return SemiBatch(self.labeled.pin_memory(), pin[0], pin[1], self.bad)
+
+
+@dataclass
+class Pyramid:
+    """Feature maps, looked up by stride in the full-size frame, never by index.
+
+    maps   {stride: [B, C, ceil(H / stride), ceil(W / stride)]}, ascending strides
+    frame  (H, W) of the padded batch, pixels of the full-size frame
+    sizes  int64 [B, 2] valid (h, w) of each image, pixels of the full-size frame
+    """
+
+    maps: dict[int, Tensor]
+    frame: tuple[int, int]
+    sizes: Tensor
+
+
+@dataclass
+class DenseOutput:
+    """Raw predictions of every candidate of a dense head, levels concatenated in ascending stride.
+
+    logits   [B, P, K]       before the sigmoid
+    codes    [B, P, D]       what the codec decodes into boxes
+    anchors  [P, 4]          xyxy pixels, the box a code refers to
+    spans    {stride: slice} the candidates of each level
+    quality  [B, P] or None  logit of the localisation quality (FCOS: centerness)
+    pyramid  what the head saw (frame and valid sizes)
+    """
+
+    logits: Tensor
+    codes: Tensor
+    anchors: Tensor
+    spans: dict[int, slice]
+    pyramid: Pyramid
+    quality: Tensor | None = None
+
+
+@dataclass
+class Candidates:
+    """What `weigh` sees after assignment: M candidates of the whole batch.
+
+    boxes    [M, 4]  xyxy pixels of the student's view (anchors, points' cells or proposals)
+    image    int64 [M]  which image of the batch, 0 .. B-1
+    labels   int64 [M]  assigned class, K = background, -1 = ignored
+    matched  int64 [M]  index of the matched target in that image's Instances, -1 = none
+    stage    "dense", "rpn" or "roi"
+    """
+
+    boxes: Tensor
+    image: Tensor
+    labels: Tensor
+    matched: Tensor
+    stage: str
+
+
+@dataclass
+class Weights:
+    """Per-candidate weights [M] of the class and the box loss; None = 1."""
+
+    cls: Tensor | None = None
+    box: Tensor | None = None
+
+
+Weigh = Callable[[Candidates], Weights]
