@@ -1,0 +1,75 @@
+"""Detectors by name, imported when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ssod.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ssod.detectors.base import Detector
+
+DETECTORS = {
+    "fcos": "ssod.detectors.fcos:FCOS",
+    "faster_rcnn": "ssod.detectors.faster_rcnn:FasterRCNN",
+}
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class of a detector name; UserError for an unknown one."""
+    if name not in DETECTORS:
+        raise UserError(
+            f"'{name}' is not a detector; choose one of {', '.join(DETECTORS)}.{did_you_mean(name, DETECTORS)}"
+        )
+    module, _, attribute = DETECTORS[name].partition(":")
+    found: type[Detector] = getattr(import_module(module), attribute)
+    return found
+
+
+def build_detector(
+    name: str,
+    num_classes: int,
+    backbone: str = "resnet50",
+    options: dict[str, Any] | None = None,
+    frozen_norm: bool = False,
+    freeze: int = 0,
+) -> Detector:
+    """A detector with random weights; `build_detector(**detector.spec)` makes the same architecture again.
+
+    options  values of the detector's own `Options`, e.g. {"fpn_channels": 128}
+    frozen_norm, freeze  see `ssod.nn.backbone.Backbone`
+
+    Raises UserError for an unknown detector, backbone or option, and for fewer than one class.
+    """
+    cls = detector_class(name)
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes} leaves nothing to detect: give at least 1 class.")
+    parsed = _options(cls, name, options or {})
+    detector = cls(num_classes, backbone, parsed, frozen_norm, freeze)  # type: ignore[call-arg, arg-type]
+    detector.spec = {
+        "name": name,
+        "num_classes": num_classes,
+        "backbone": backbone,
+        "options": parsed.model_dump(),
+        "frozen_norm": frozen_norm,
+        "freeze": freeze,
+    }
+    return detector
+
+
+def _options(cls: type[Detector], name: str, values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    known = cls.Options.model_fields
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"detector.{key} is not an option of {name}; it has {', '.join(known)}.{did_you_mean(key, known)}"
+            )
+    try:
+        return cls.Options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"detector.{key}={first['input']!r} is not valid for {name}: {first['msg']}.") from error

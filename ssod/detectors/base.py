@@ -1,9 +1,9 @@
 """The protocol between detectors and everybody else: four verbs, none of which depends on `self.training`.
 
-    features(images, sizes, shift=0) -> Pyramid
-    head(pyramid)                    -> Output (typed, raw)
-    loss(output, targets, weigh)     -> {name: scalar}
-    decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality)
+features(images, sizes, shift=0) -> Pyramid
+head(pyramid)                    -> Output (typed, raw)
+loss(output, targets, weigh)     -> {name: scalar}
+decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality)
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ssod.structures import DenseOutput, Instances, Pyramid, Weigh
+from ssod.ops.assign import PaddedTargets
+from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh, Weights
 
 
 class DetectorOptions(BaseModel):
@@ -28,6 +29,7 @@ class Detector(nn.Module):
 
     Options: type[DetectorOptions] = DetectorOptions
     num_classes: int
+    spec: dict[str, Any]  # plain values; `build_detector(**spec)` makes the same architecture again
 
     def features(self, images: Tensor, sizes: Tensor | None = None, shift: int = 0) -> Pyramid:
         """Normalise and run backbone + neck.
@@ -65,8 +67,48 @@ class HasDense(Protocol):
 
 @runtime_checkable
 class HasRegions(Protocol):
-    """Region proposals that another network may score: what PRC and Soft Teacher's jitter need."""
+    """Region proposals that another network may score: what PRC and Soft Teacher's jitter need.
+
+    proposals  B tensors [R, 4] xyxy pixels, by descending objectness
+    classify   boxes of each image -> probabilities [R, K + 1] of each, background last
+    refine     boxes of each image -> as many Instances, same order: the box as the head corrects it for its best class
+    """
 
     def proposals(self, output: Any) -> list[Tensor]: ...
 
+    def classify(self, output: Any, boxes: list[Tensor]) -> list[Tensor]: ...
+
     def refine(self, output: Any, boxes: list[Tensor]) -> list[Instances]: ...
+
+
+def pyramid_of(maps: dict[int, Tensor], images: Tensor, sizes: Tensor | None, shift: int) -> Pyramid:
+    """Network maps {stride: ...} as a Pyramid in the full-size frame: `shift` doubles strides, frame and sizes."""
+    scale = 2**shift
+    height, width = images.shape[-2:]
+    if sizes is None:
+        sizes = torch.tensor([height, width], device=images.device).expand(len(images), 2)
+    return Pyramid({s * scale: m for s, m in maps.items()}, (height * scale, width * scale), sizes * scale)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Losses and decoding compute in float32 also inside a caller's autocast: a context for the device of `like`."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def candidate_weights(candidates: Candidates, targets: PaddedTargets, weigh: Weigh | None) -> Weights:
+    """Weight of each of M candidates: its target's own weight times what `weigh` says; None = 1 for all."""
+    asked = Weights() if weigh is None else weigh(candidates)
+    return Weights(
+        _product(_of_target(targets.cls_weight, candidates), asked.cls),
+        _product(_of_target(targets.box_weight, candidates), asked.box),
+    )
+
+
+def _of_target(weight: Tensor | None, candidates: Candidates) -> Tensor | None:
+    if weight is None:
+        return None
+    return weight[candidates.image, candidates.matched.clamp(min=0)].where(candidates.matched >= 0, 1.0)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a * b

@@ -1,0 +1,62 @@
+"""Feature pyramid network (Lin et al., 2017), keyed by stride."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvLevels(nn.Module):
+    """Two more levels by 3x3 convolutions of stride 2, from the FPN's own top map (FCOS, section 4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, top: Tensor) -> list[Tensor]:
+        first = self.first(top)
+        return [first, self.second(first.relu())]
+
+
+class PoolLevel(nn.Module):
+    """One more level by taking every second cell (FPN, section 4.1, footnote)."""
+
+    def forward(self, top: Tensor) -> list[Tensor]:
+        return [top[:, :, ::2, ::2]]
+
+
+class FPN(nn.Module):
+    """Maps of one width at every stride.
+
+    in_channels  {stride: C} of the backbone, ascending strides, each twice the one before
+    channels     width of every output map
+    extra        adds levels above the top one: ConvLevels or PoolLevel
+    """
+
+    def __init__(self, in_channels: dict[int, int], channels: int, extra: ConvLevels | PoolLevel) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleDict({str(s): nn.Conv2d(c, channels, 1) for s, c in in_channels.items()})
+        self.smooth = nn.ModuleDict({str(s): nn.Conv2d(channels, channels, 3, padding=1) for s in in_channels})
+        self.extra = extra
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
+        """{stride: [B, C_s, h, w]} -> {stride: [B, channels, h, w]} with the extra strides, ascending."""
+        out: dict[int, Tensor] = {}
+        inner: Tensor | None = None
+        for stride in sorted(maps, reverse=True):
+            lateral = self.lateral[str(stride)](maps[stride])
+            if inner is None:
+                inner = lateral
+            else:
+                inner = lateral + F.interpolate(inner, size=lateral.shape[-2:], mode="nearest")
+            out[stride] = self.smooth[str(stride)](inner)
+
+        top = max(out)
+        for i, level in enumerate(self.extra(out[top]), start=1):
+            out[top * 2**i] = level
+        return dict(sorted(out.items()))

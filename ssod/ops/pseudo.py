@@ -1,0 +1,43 @@
+"""From a teacher's detections to targets of the student: thresholds and their statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssod.structures import Instances
+
+BINS = 100
+
+
+def above(instances: Instances, tau: Tensor) -> Instances:
+    """Keep detections whose score reaches the threshold of their class: tau [K], 0..1."""
+    assert instances.scores is not None
+    return instances[instances.scores >= tau[instances.labels]]
+
+
+def class_counts(instances: list[Instances], num_classes: int) -> Tensor:
+    """Boxes of each class over a batch: float32 [K]."""
+    labels = torch.cat([i.labels for i in instances])
+    return torch.bincount(labels, minlength=num_classes).float()
+
+
+def score_histogram(instances: list[Instances], num_classes: int) -> Tensor:
+    """Detections of each class by score: float32 [K, BINS], bin b holds scores in [b, b+1) / BINS."""
+    labels = torch.cat([i.labels for i in instances])
+    scores = torch.cat([i.scores for i in instances if i.scores is not None])
+    cell = labels * BINS + (scores * BINS).long().clamp(0, BINS - 1)
+    return torch.bincount(cell, minlength=num_classes * BINS).float().view(num_classes, BINS)
+
+
+def matching_thresholds(per_image: Tensor, wanted: Tensor, low: float, high: float) -> Tensor:
+    """The lowest score of each class at which the teacher yields no more boxes an image than people draw.
+
+    per_image  [K, BINS]  teacher's detections of an image by class and score (running mean)
+    wanted     [K]        annotated boxes of an image by class (running mean)
+    Returns tau [K] in [low, high]. A class whose teacher never exceeds `wanted` gets `low`.
+    Idea: class-wise thresholds from the label distribution, Label Matching, Chen et al., CVPR 2022.
+    """
+    at_least = per_image.flip(1).cumsum(1).flip(1)  # [K, BINS]: boxes an image scoring >= b / BINS
+    too_many = (at_least > wanted[:, None]).sum(1)  # at_least falls with b, so this is the first bin that is few enough
+    return (too_many.float() / BINS).clamp(low, high)

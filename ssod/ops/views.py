@@ -1,0 +1,67 @@
+"""Boxes between views: every view knows its 3x3 matrix, so a box travels from any view to any other.
+
+Pixels are unit squares: pixel i covers [i, i + 1), its centre is i + 0.5, an image spans [0, W] x [0, H].
+Matrices act on homogeneous column vectors (x, y, 1) and are affine (last row 0 0 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssod.structures import Instances
+
+
+def between(matrix_a: Tensor, matrix_b: Tensor) -> Tensor:
+    """Pixels of view A -> pixels of view B, of the same source: `M_B @ inv(M_A)`, [..., 3, 3] each.
+
+    The inverse is written out (adjugate over determinant): a solver would make a GPU wait for the host.
+    """
+    r0, r1, r2 = matrix_a.unbind(-2)
+    c0, c1, c2 = torch.linalg.cross(r1, r2), torch.linalg.cross(r2, r0), torch.linalg.cross(r0, r1)
+    determinant = (r0 * c0).sum(-1)[..., None, None]
+    return matrix_b @ (torch.stack((c0, c1, c2), -1) / determinant)
+
+
+def map_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """Move points [..., 2] by an affine matrix [3, 3], computed in the dtype of `points`."""
+    m = matrix.to(points.device, points.dtype)
+    return points @ m[:2, :2].T + m[:2, 2]
+
+
+def map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
+    """Move xyxy boxes [N, 4] by an affine matrix [3, 3]: the enclosing box of the four moved corners.
+
+    Exact for resizing, flips, translations and crops; under rotation and shear the box grows, so there
+    and back encloses the first box. Not clipped.
+    """
+    exact = boxes if boxes.device.type == "mps" else boxes.double()  # mps has no float64
+    corners = exact[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)  # [N, 4 corners, xy]
+    moved = map_points(corners, matrix)
+    return torch.cat((moved.amin(1), moved.amax(1)), 1).to(boxes.dtype)
+
+
+def map_instances(
+    instances: Instances,
+    matrix: Tensor,
+    size: Tensor | tuple[int, int],
+    min_area: float = 1.0,
+    min_visible: float = 0.1,
+) -> tuple[Instances, Tensor]:
+    """Move objects into a view of valid `size` (h, w), clip them, and drop those clipped away.
+
+    matrix       [3, 3] from the pixels of `instances` to those of the view, see `between`
+    min_area     pixels^2 of the view that must remain of a box
+    min_visible  0 .. 1, share of the moved box that must remain inside
+    Returns the kept objects, and their int64 indices [kept] in `instances`.
+    """
+    boxes = map_boxes(instances.boxes, matrix)
+    h, w = int(size[0]), int(size[1])
+    clipped = torch.stack((*(boxes[:, i].clamp(0, (w, h)[i % 2]) for i in range(4)),), 1)
+    area, visible = _area(boxes), _area(clipped)
+    keep = ((visible >= min_area) & (visible >= min_visible * area) & (visible > 0)).nonzero()[:, 0]
+    return instances.with_boxes(clipped)[keep], keep
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
