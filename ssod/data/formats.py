@@ -1,0 +1,109 @@
+"""What a split of the data YAML may point to, relative to its `path`, and which reader reads it.
+
+COCO    annotations/instances_train.json, or a folder of images whose annotations/instances_NAME.json lies in it
+        or in `path`, NAME being the folder's or the split's; the images are found in images/NAME, NAME, ...
+VOC     ImageSets/Main/train.txt, or just its name `train`, or the folder that holds ImageSets
+YOLO    images/train (or train/images); the labels are found in labels/train (train/labels)
+images  any folder, for the split `unlabeled` only
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssod.data import coco, voc, yolo
+from ssod.data.found import Found
+from ssod.data.samples import Inspector, Sample
+from ssod.errors import UserError
+
+
+def find_split(root: Path, value: str, split: str, where: str) -> Found:
+    """Find out what `value`, relative to `root`, is; `where` names the line of the YAML for the errors.
+
+    Raises UserError when it is nothing, or when two formats fit.
+    """
+    target = root / Path(value).expanduser()
+    if target.suffix.lower() == ".json" and target.is_file():
+        folder = target.parent
+        # `annotations` usually stands beside the images; a data folder may hold several such pairs.
+        tops = [root, folder.parent, folder] if folder.name == "annotations" else [folder, root]
+        return _coco(target, root, split, tops)
+    if target.suffix.lower() == ".txt" and target.is_file():
+        return _voc(target, root, split, where)
+    if target.is_dir():
+        return _folder(target, root, split, where)
+    # Not a path, but perhaps the name of a list: `train: trainval`
+    listed = root / "ImageSets" / "Main" / f"{value}.txt"
+    if listed.is_file():
+        return _voc(listed, root, split, where)
+    raise UserError(f"{where}: {target} does not exist; mend the line, 'path', or give data_path=DIR.")
+
+
+def class_names(found: Found) -> list[str]:
+    """Class names in the order of the labels, from the annotations themselves."""
+    assert found.annotations is not None
+    if found.format == "COCO":
+        return coco.read_names(found.annotations)
+    if found.format == "VOC":
+        return voc.read_names(found.images.parent)
+    raise UserError(
+        f"YOLO labels of {found.annotations} hold numbers only; list the classes as 'names' in the data YAML."
+    )
+
+
+def read_split(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
+    """All usable samples of a split, in an order that is the same on every machine."""
+    if found.format == "COCO":
+        return coco.read(found, inspector)
+    if found.format == "VOC":
+        return voc.read(found, names, inspector)
+    if found.format == "YOLO":
+        return yolo.read(found, names, inspector)
+    return yolo.read_plain(found, inspector)
+
+
+def _coco(json_path: Path, root: Path, split: str, tops: list[Path]) -> Found:
+    return Found("COCO", root, split, coco.find_images(json_path, tops, split), json_path)
+
+
+def _voc(listed: Path, root: Path, split: str, where: str) -> Found:
+    if listed.parent.name != "Main" or listed.parent.parent.name != "ImageSets":
+        raise UserError(f"{where}: a .txt list is read as Pascal VOC and must lie in ImageSets/Main, unlike {listed}.")
+    images = listed.parents[2] / "JPEGImages"
+    if not images.is_dir():
+        raise UserError(f"{where}: {listed} is a Pascal VOC list, but its folder of images {images} is missing.")
+    return Found("VOC", root, split, images, listed)
+
+
+def _folder(folder: Path, root: Path, split: str, where: str) -> Found:
+    fits: list[Found] = []
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if listed.is_file():
+        fits.append(_voc(listed, root, split, where))
+    file = _json_of(folder, root, split)
+    if file is not None:
+        fits.append(_coco(file, root, split, [folder]))
+    labels = yolo.label_folder(folder, root) if split != "unlabeled" else None
+    if labels is not None:
+        fits.append(Found("YOLO", root, split, folder, labels))
+    if len(fits) > 1:
+        both = " and ".join(f"{f.format} ({f.annotations})" for f in fits)
+        raise UserError(
+            f"{where}: {folder} may be {both}; point '{split}' at the file that counts, or remove the other."
+        )
+    if fits:
+        return fits[0]
+    if split == "unlabeled":
+        return Found("images", root, split, folder, None)
+    raise UserError(
+        f"{where}: no annotations found for {folder}; expected is a COCO annotations/instances_{split}.json, "
+        f"a VOC ImageSets/Main/{split}.txt or a YOLO folder 'labels' in place of 'images'."
+    )
+
+
+def _json_of(folder: Path, root: Path, split: str) -> Path | None:
+    """The COCO file that belongs to a folder, the nearest first."""
+    names = [folder / "annotations" / f"instances_{split}.json"]
+    if split != "unlabeled":  # what lies beside a plain folder of images describes another split
+        names += [root / "annotations" / f"instances_{name}.json" for name in (folder.name, split)]
+    return next((file for file in names if file.is_file()), None)

@@ -1,0 +1,101 @@
+"""YOLO text labels and plain folders of images.
+
+A label line is `class x_center y_center width height`, relative to the upright image; a polygon
+(`class x y x y x y ...`, as segmentation exports write it) stands for the box around it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ssod.data import samples as kinds
+from ssod.data.found import Found, corrupt, list_images
+from ssod.data.samples import Inspector, Sample, no_objects
+
+
+def label_folder(images: Path, root: Path) -> Path | None:
+    """The folder beside that of the images, `images` replaced by `labels`, or None if there is none."""
+    parts = list(images.relative_to(root).parts) if images.is_relative_to(root) else list(images.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i] == "images":
+            folder = root.joinpath(*parts[:i], "labels", *parts[i + 1 :])
+            return folder if folder.is_dir() else None
+    return None
+
+
+def read(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
+    """Samples of a folder with labels, sorted by path. An image without a label file is background, and reported."""
+    assert found.annotations is not None
+    out: list[Sample] = []
+    used: set[Path] = set()
+    for image_id, path in enumerate(list_images(found.images), 1):
+        label = (found.annotations / path.relative_to(found.images)).with_suffix(".txt")
+        used.add(label)
+        size = inspector.size(path)
+        if size is None:
+            continue
+        if label.is_file():
+            out.append(_sample(label, path, image_id, size, names, inspector))
+        else:
+            inspector.report(kinds.NO_LABEL_FILE, path, "", f"there is no {label}")
+            out.append(Sample(path, image_id, *size, *no_objects(), labeled=True))
+    for label in sorted(found.annotations.rglob("*.txt")):
+        if label not in used and label.name != "classes.txt":  # labelling programs leave that one there
+            inspector.report(kinds.ANNOTATION_ORPHAN, label, "", f"there is no image for it in {found.images}")
+    return out
+
+
+def read_plain(found: Found, inspector: Inspector) -> list[Sample]:
+    """Unlabelled samples of a folder, sorted by path; nothing but images is opened."""
+    out = []
+    for image_id, path in enumerate(list_images(found.images), 1):
+        size = inspector.size(path)
+        if size is not None:
+            out.append(Sample.unlabeled(path, image_id, *size))
+    return out
+
+
+def _sample(
+    label: Path, path: Path, image_id: int, size: tuple[int, int], names: list[str], inspector: Inspector
+) -> Sample:
+    try:
+        lines = label.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        corrupt(label, "", f"cannot be read as YOLO labels ({error})")
+    boxes, labels, records = [], [], []
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        class_id, box = _parse_line(line, label, f"line {i}")
+        if not 0 <= class_id < len(names):
+            classes = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+            corrupt(label, f"line {i}", f"unknown class {class_id}, the classes are {classes}")
+        boxes.append(box * np.array([size[0], size[1], size[0], size[1]]))
+        labels.append(class_id)
+        records.append(f"line {i}")
+    if not boxes:
+        return Sample(path, image_id, *size, *no_objects(), labeled=True)
+    clean, keep = inspector.clean(boxes, size, label, records)
+    return Sample(
+        path, image_id, *size, clean, np.array(labels, np.int64)[keep], np.zeros(len(keep), np.bool_), labeled=True
+    )
+
+
+def _parse_line(line: str, label: Path, record: str) -> tuple[int, np.ndarray]:
+    """Class id and box xyxy, relative to the image."""
+    try:
+        values = [float(v) for v in line.split()]
+    except ValueError:
+        corrupt(label, record, f"numbers are expected, not {line.strip()!r}")
+    polygon = len(values) >= 7 and len(values) % 2 == 1
+    if len(values) != 5 and not polygon:
+        corrupt(label, record, f"'class x_center y_center width height' is expected, not {len(values)} numbers")
+    if not values[0].is_integer():
+        corrupt(label, record, f"the class must be an integer, not {values[0]}")
+    if polygon:
+        points = np.array(values[1:]).reshape(-1, 2)
+        return int(values[0]), np.concatenate([points.min(axis=0), points.max(axis=0)])
+    _, x, y, w, h = values
+    return int(values[0]), np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
