@@ -1,0 +1,95 @@
+"""From single images to a batch, and from a worker to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from ssod.data.geometry import GREY, cv2, to_hwc
+from ssod.data.operations import Frame
+from ssod.data.samples import Sample
+from ssod.ops.views import map_instances
+from ssod.structures import Instances, View
+
+
+def targets_in(sample: Sample, frame: Frame) -> Instances:
+    """The sample's boxes in the pixels of a frame: crowds left out, clipped, and dropped where clipped away."""
+    real = ~sample.crowd
+    source = Instances(torch.from_numpy(sample.boxes[real]).float(), torch.from_numpy(sample.labels[real]).long())
+    h, w = frame.image.shape[1:]
+    return map_instances(source, torch.from_numpy(frame.matrix), (h, w))[0]
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def stack(frames: Sequence[Frame], targets: list[Instances], indices: list[int], pad_to: int, square: int = 0) -> View:
+    """Pad frames at the right and the bottom to a common size, a multiple of `pad_to`, with GREY.
+
+    The common size is the largest height and width among the frames, or at least `square` x `square`.
+    """
+    heights, widths = zip(*(frame.image.shape[1:] for frame in frames), strict=True)
+    height, width = (round_up(max(*sides, square), pad_to) for sides in (heights, widths))
+    images = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
+    for frame, padded, h, w in zip(frames, images, heights, widths, strict=True):
+        _copy_planes(frame.image, padded[:, :h, :w])
+        padded[:, h:] = GREY
+        padded[:, :h, w:] = GREY
+    return View(
+        images,
+        sizes=torch.tensor([heights, widths]).T.contiguous(),
+        matrices=torch.from_numpy(np.stack([frame.matrix for frame in frames])),
+        targets=targets,
+        indices=indices,
+    )
+
+
+def _copy_planes(image: Tensor, out: Tensor) -> None:
+    """Copy channels-last [3, h, w] into three planes; torch needs ten times as long for the transposition."""
+    if cv2 is not None:
+        cv2.split(np.ascontiguousarray(to_hwc(image)), [plane.numpy() for plane in out])
+    else:
+        for plane, channel in zip(out.numpy(), image.numpy(), strict=True):
+            plane[...] = channel
+
+
+# Every tensor that leaves a worker costs a shared memory segment and two file descriptors, far more than the
+# few hundred bytes of a target list. So only the images travel as tensors; the rest is pickled as arrays.
+
+
+def parcel(view: View) -> View:
+    """In a loader worker, a stand-in that unpickles as this very view; elsewhere the view itself."""
+    return cast(View, _Parcel(view)) if get_worker_info() is not None else view
+
+
+@dataclass
+class _Parcel:
+    view: View
+
+    def __reduce__(self) -> tuple[Callable[..., View], tuple[object, ...]]:
+        view = self.view
+        counts = [len(t) for t in view.targets]
+        targets = Instances.cat(view.targets)
+        arrays = [t.numpy() for t in (view.sizes, view.matrices, targets.boxes, targets.labels)]
+        return _unpack, (view.images, counts, *arrays, view.indices)
+
+
+def _unpack(
+    images: Tensor,
+    counts: list[int],
+    sizes: np.ndarray,
+    matrices: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    indices: list[int],
+) -> View:
+    per_image = zip(torch.from_numpy(boxes).split(counts), torch.from_numpy(labels).split(counts), strict=True)
+    targets = [Instances(b, c) for b, c in per_image]
+    return View(images, torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices)

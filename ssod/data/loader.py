@@ -1,0 +1,220 @@
+"""The training loader: item t of the dataset is the whole SemiBatch of step t, made in a worker.
+
+Everything in it follows from (seed, t, rank): the samples from `streams.Stream`, the augmentation from
+(seed, stream, epoch, index, view). So any number of workers gives the same bits, and resuming is starting at
+another step.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ssod.data.batching import parcel, stack, targets_in
+from ssod.data.geometry import cv2
+from ssod.data.image import ImageError
+from ssod.data.operations import Frame
+from ssod.data.reader import ImageCache, Reader
+from ssod.data.samples import Sample
+from ssod.data.streams import Stream, generator
+from ssod.data.transforms import Chain, Views
+from ssod.errors import UserError
+from ssod.structures import Instances, SemiBatch, View
+
+T = TypeVar("T")
+Bad = list[tuple[str, str]]
+
+MAX_BAD_IN_A_ROW = 100
+WEAK = 0  # the number of the weak view among the views of an image; the others count from 1
+
+
+class LoaderError(RuntimeError):
+    """A worker of the loader died or gave nothing for `timeout` seconds."""
+
+
+class ViewMaker:
+    """The views of one stream's images, by position of the stream."""
+
+    def __init__(self, reader: Reader, stream: Stream, number: int, weak: Chain) -> None:
+        self.reader, self.stream, self.number, self.weak = reader, stream, number, weak
+
+    def draw(self, position: int, chains: Sequence[Chain], bad: Bad) -> tuple[int, list[Frame]]:
+        """(index of the image, a frame per chain); unreadable images are noted in `bad` and passed over."""
+        epoch, index, source = self._readable(position, bad)
+        weak = self.weak(source, self._rng(epoch, index, WEAK))
+        return index, [
+            chain(weak if chain.from_weak else source, self._rng(epoch, index, 1 + v)) for v, chain in enumerate(chains)
+        ]
+
+    def _readable(self, position: int, bad: Bad) -> tuple[int, int, Frame]:
+        for skip in range(min(MAX_BAD_IN_A_ROW, self.stream.n)):
+            epoch, index = self.stream.at(position, skip)
+            try:
+                return epoch, index, self.reader[index]
+            except ImageError as error:
+                bad.append((str(error.path), error.reason))
+        path, reason = bad[-1]
+        raise UserError(f"{skip + 1} images in a row cannot be read, the last one {path} ({reason}); check the data.")
+
+    def _rng(self, epoch: int, index: int, view: int) -> Any:
+        return generator(self.stream.seed, self.number, epoch, index, view)
+
+
+class StepDataset(Dataset[SemiBatch]):
+    """Item t is the SemiBatch of step t. See `build_loader` for the parts."""
+
+    def __init__(
+        self,
+        labeled: ViewMaker,
+        samples: Sequence[Sample],
+        labeled_chains: Sequence[Chain],
+        unlabeled: ViewMaker | None,
+        strong: Chain,
+        pad_to: int,
+        square: int,
+    ) -> None:
+        self.labeled, self.samples, self.labeled_chains = labeled, samples, labeled_chains
+        self.unlabeled, self.strong = unlabeled, strong
+        self.pad_to, self.square = pad_to, square
+
+    def __getitem__(self, step: int) -> SemiBatch:
+        bad: Bad = []
+        labeled = self._labeled(step, bad)
+        if self.unlabeled is None:
+            return SemiBatch(parcel(labeled), bad=bad)
+        weak, strong = self._unlabeled(self.unlabeled, step, bad)
+        return SemiBatch(parcel(labeled), parcel(weak), parcel(strong), bad)
+
+    def _labeled(self, step: int, bad: Bad) -> View:
+        maker = self.labeled
+        drawn = [maker.draw(position, self.labeled_chains, bad) for position in maker.stream.positions(step)]
+        # One view of all images, then the next view of all images.
+        frames = [frames[v] for v in range(len(self.labeled_chains)) for _, frames in drawn]
+        indices = [index for index, _ in drawn] * len(self.labeled_chains)
+        targets = [targets_in(self.samples[i], frame) for i, frame in zip(indices, frames, strict=True)]
+        return stack(frames, targets, indices, self.pad_to, self.square)
+
+    def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:
+        same = Chain((), from_weak=True)
+        drawn = [maker.draw(position, (same, self.strong), bad) for position in maker.stream.positions(step)]
+        indices = [index for index, _ in drawn]
+        weak, strong = (
+            stack(list(frames), [Instances.empty() for _ in drawn], indices, self.pad_to, self.square)
+            for frames in zip(*(frames for _, frames in drawn), strict=True)
+        )
+        return weak, strong
+
+
+class StepLoader(DataLoader[SemiBatch]):
+    """A DataLoader over steps that names its own failures."""
+
+    def __iter__(self) -> Iterator[SemiBatch]:  # type: ignore[override]
+        return named_failures(super().__iter__(), self.timeout)
+
+
+def named_failures(batches: Iterator[T], timeout: float) -> Iterator[T]:
+    """The same batches; a dead or hung worker becomes a LoaderError that says what to try."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader timed out" in str(error):
+            raise LoaderError(
+                f"No batch came from the loader workers within {timeout:g} s: one hangs, most often on slow or "
+                "lost storage; workers=0 shows where."
+            ) from error
+        if re.search(r"DataLoader worker .*(exited|killed)", str(error)):
+            raise LoaderError(
+                f"A loader worker died, most often for lack of memory or of shared memory (/dev/shm): {error} "
+                "Fewer workers may help."
+            ) from error
+        raise
+
+
+def build_loader(
+    labeled: Sequence[Sample],
+    unlabeled: Sequence[Sample],
+    *,
+    batch: int,
+    batch_unlabeled: int,
+    imgsz: int,
+    labeled_view: Views,
+    weak: Views,
+    strong: Views,
+    seed: int,
+    start_step: int,
+    steps: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    cache: bool = False,
+    pin: bool = False,
+    timeout: float = 120,
+    rect: bool = True,
+    pad_to: int = 32,
+) -> StepLoader:
+    """A loader that yields the SemiBatch of every step in `start_step .. steps - 1` for this rank.
+
+    batch, batch_unlabeled  images of this rank per step; batch_unlabeled=0 leaves `weak` and `strong` None
+    labeled_view            the views of labelled images; with V views the labelled batch holds V * batch images,
+                            all of the first view, then all of the second
+    weak, strong            one view each; a view that begins with "weak" shares the draw of `weak`
+    cache                   keep decoded images in shared memory, see `reader.ImageCache`
+    timeout                 seconds without a batch after which workers count as hung
+    rect                    pad to the largest height and width in the batch; else to one fixed square
+    pad_to                  padded sides are multiples of this, the largest stride of the detector
+
+    Of `unlabeled` samples only paths and sizes are read. Iterating raises LoaderError when a worker dies or
+    hangs, UserError when `MAX_BAD_IN_A_ROW` images in a row cannot be read.
+    """
+    if not labeled:
+        raise UserError("There are no labelled images to train on; check `train` in the data YAML and `labeled`.")
+    if batch_unlabeled and not unlabeled:
+        raise UserError("There are no unlabelled images; add some, or set batch_unlabeled=0 to train without.")
+    for name, views in (("weak", weak), ("strong", strong)):
+        if len(views.chains) != 1:
+            raise UserError(f"`{name}` must be one view, got {len(views.chains)}.")
+    weak_chain, strong_chain = weak.as_weak(), strong.chains[0]
+    longest = max(chain.longest for chain in (weak_chain, strong_chain, *labeled_view.chains))
+
+    def maker(samples: Sequence[Sample], number: int, size: int) -> ViewMaker:
+        reader = Reader(samples, longest, ImageCache(samples, longest) if cache else None)
+        return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, weak_chain)
+
+    dataset = StepDataset(
+        maker(labeled, 0, batch),
+        labeled,
+        labeled_view.chains,
+        maker(unlabeled, 1, batch_unlabeled) if batch_unlabeled else None,
+        strong_chain,
+        pad_to,
+        square=0 if rect else longest,
+    )
+    return StepLoader(
+        dataset, sampler=range(start_step, steps), collate_fn=as_is, **worker_options(workers, pin, timeout)
+    )
+
+
+def worker_options(workers: int, pin: bool, timeout: float) -> dict[str, Any]:
+    """Options that every DataLoader here shares: items are whole batches, workers have one thread."""
+    options: dict[str, Any] = {"batch_size": None, "num_workers": workers, "pin_memory": pin}
+    if workers:
+        options |= {"timeout": timeout, "worker_init_fn": _start_worker, "prefetch_factor": 2}
+    return options
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    if cv2 is not None:
+        cv2.setNumThreads(0)
+    # Ctrl-C reaches the whole group; the trainer finishes its step and needs the workers until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def as_is(item: T) -> T:
+    """`collate_fn` for items that are whole batches already."""
+    return item

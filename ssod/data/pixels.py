@@ -1,0 +1,103 @@
+"""Photometric kernels on one uint8 image [3, H, W]; none changes its input.
+
+OpenCV does the heavy ones when the `fast` extra is installed; the torch forms agree with it within one level
+of 255 (tested), so a run is bit-equal only under the same set of installed packages.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssod.data.geometry import cv2, from_hwc, to_hwc
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision use it
+RGB_TO_YIQ = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+
+
+# Colour: a chain of brightness, contrast, saturation, hue and grayscale is one affine map of RGB. Each function
+# below returns its [3, 4] matrix (3x3 and an offset); `then` composes them; `recolour` touches the pixels once.
+# Two approximations against the usual chain: values are clipped at the end only, and hue turns the chroma plane
+# of YIQ, which keeps luma where HSV keeps the largest channel.
+
+
+def brightness(factor: float) -> np.ndarray:
+    """x -> factor * x."""
+    return np.hstack((np.eye(3) * factor, np.zeros((3, 1))))
+
+
+def contrast(factor: float, mean: np.ndarray) -> np.ndarray:
+    """Blend with the mean luma of the image, whose mean colour [3] is `mean` at this point of the chain."""
+    return np.hstack((np.eye(3) * factor, np.full((3, 1), (1 - factor) * (LUMA @ mean))))
+
+
+def saturation(factor: float) -> np.ndarray:
+    """Blend every pixel with its own luma; 0 gives grayscale."""
+    return np.hstack((np.eye(3) * factor + (1 - factor) * LUMA, np.zeros((3, 1))))
+
+
+def hue(turn: float) -> np.ndarray:
+    """Turn the colours by a share of the full circle, -0.5 .. 0.5; positive goes red -> green -> blue."""
+    angle = -2 * np.pi * turn
+    c, s = np.cos(angle), np.sin(angle)
+    rotation = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    return np.hstack((YIQ_TO_RGB @ rotation @ RGB_TO_YIQ, np.zeros((3, 1))))
+
+
+def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The [3, 4] matrix that does `first`, then `second`."""
+    both = second[:, :3] @ first
+    both[:, 3] += second[:, 3]
+    return both
+
+
+def mean_colour(image: Tensor) -> np.ndarray:
+    """Mean RGB [3] of every fourth pixel of every fourth row: within a level of the true mean on photographs."""
+    return to_hwc(image)[::4, ::4].reshape(-1, 3).mean(0, dtype=np.float64)
+
+
+def recolour(image: Tensor, matrix: np.ndarray) -> Tensor:
+    """Apply a colour matrix [3, 4] to every pixel, rounded and clipped to 0 .. 255."""
+    if cv2 is not None:
+        return from_hwc(cv2.transform(to_hwc(image), matrix.astype(np.float32)))
+    mix, offset = torch.tensor(matrix[:, :3], dtype=torch.float32), torch.tensor(matrix[:, 3:], dtype=torch.float32)
+    flat = image.contiguous().reshape(3, -1).float()  # [3, H * W]
+    mixed = torch.addmm(offset + 0.5, mix, flat).clamp_(0, 255)
+    return mixed.to(torch.uint8).reshape(image.shape)
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur, sigma in pixels, cut at 3 sigma, mirrored at the border; below 1/6 pixel it does nothing."""
+    h, w = image.shape[1:]
+    radius = min(round(3 * sigma), h - 1, w - 1)
+    if radius == 0:
+        return image
+    if cv2 is not None:
+        size = 2 * radius + 1
+        return from_hwc(cv2.GaussianBlur(to_hwc(image), (size, size), sigma, borderType=cv2.BORDER_REFLECT_101))
+    return _blur_torch(image, sigma, radius)
+
+
+def _blur_torch(image: Tensor, sigma: float, radius: int) -> Tensor:
+    taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma) ** 2)
+    weights = (taps / (taps[0] + 2 * taps[1:].sum())).tolist()
+    pixels = image.float()
+    for dim in (1, 2):  # a sum of shifted copies: far cheaper than a convolution of 3 channels
+        size = pixels.shape[dim]
+        mirror = torch.arange(-radius, size + radius).abs()
+        mirror = torch.minimum(mirror, 2 * (size - 1) - mirror)
+        padded = pixels.index_select(dim, mirror)
+        pixels = padded.narrow(dim, radius, size) * weights[0]
+        for i in range(1, radius + 1):
+            pixels.add_(padded.narrow(dim, radius - i, size) + padded.narrow(dim, radius + i, size), alpha=weights[i])
+    return (pixels + 0.5).to(torch.uint8)
+
+
+def erase(image: Tensor, top: int, left: int, fill: Tensor) -> Tensor:
+    """A copy with the window at (top, left) replaced by `fill`, uint8 [3, h, w] or [3, 1, 1] with a size given
+    by expanding it."""
+    erased = image.clone()
+    erased[:, top : top + fill.shape[1], left : left + fill.shape[2]] = fill
+    return erased
