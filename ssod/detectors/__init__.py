@@ -46,7 +46,7 @@ def build_detector(
     if num_classes < 1:
         raise UserError(f"num_classes={num_classes} leaves nothing to detect: give at least 1 class.")
     parsed = _options(cls, name, options or {})
-    detector = cls(num_classes, backbone, parsed, frozen_norm, freeze)  # type: ignore[call-arg, arg-type]
+    detector = cls(num_classes, backbone, parsed, frozen_norm, freeze)
     detector.spec = {
         "name": name,
         "num_classes": num_classes,

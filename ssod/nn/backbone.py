@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -30,6 +31,7 @@ class Backbone(nn.Module):
     Raises UserError for an unknown name and for a network without maps of these strides.
     """
 
+    net: Any  # timm's feature networks have no common type
     mean: Tensor
     std: Tensor
 
@@ -47,8 +49,8 @@ class Backbone(nn.Module):
         missing = [s for s in strides if s not in index]
         if missing:
             raise UserError(
-                f"Backbone '{name}' has feature maps of strides {sorted(index)} but the detector needs {list(strides)}; "
-                "choose another backbone, e.g. 'resnet50'."
+                f"Backbone '{name}' has feature maps of strides {sorted(index)} "
+                f"but the detector needs {list(strides)}; choose another backbone, e.g. 'resnet50'."
             )
         self.indices = {s: index[s] for s in strides}
         self.channels = {s: info.channels()[index[s]] for s in strides}
@@ -84,8 +86,8 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         """Normalised images [B, 3, H, W] -> {stride: [B, C, ceil(H / stride), ceil(W / stride)]}."""
-        maps = self.net(x)
-        maps = {stride: maps[i] for stride, i in self.indices.items()}
+        outputs = self.net(x)
+        maps = {stride: outputs[i] for stride, i in self.indices.items()}
         return {s: m.permute(0, 3, 1, 2) for s, m in maps.items()} if self.channels_last else maps
 
     @torch.no_grad()
@@ -185,6 +187,7 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> LoadReport:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"Weights file {path} does not exist.")
+    content: dict[str, Any]
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -194,9 +197,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors, all of which mean the same to the user
         raise UserError(f"Weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
+    content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}
 
 

@@ -86,11 +86,12 @@ def fold(root: nn.Module, probe: Callable[[], Iterable[Tensor]]) -> int:
 
     hooks = [m.register_forward_hook(after_conv) for m in root.modules() if type(m) is nn.Conv2d]
     hooks += [m.register_forward_pre_hook(before_norm) for m in root.modules() if isinstance(m, FrozenNorm)]
-    # Statistics of a fresh norm are mean 0, variance 1: too plain to notice a wrong fold.
+    # A fresh norm has mean 0, variance 1 and often weight 0: too plain to notice a wrong fold.
     norms = [m for m in root.modules() if isinstance(m, FrozenNorm)]
-    kept = [m.running_mean.clone() for m in norms]
+    kept = [(m.running_mean.clone(), m.weight.clone()) for m in norms]
     for norm in norms:
-        norm.running_mean.uniform_(-0.1, 0.1)
+        norm.running_mean.copy_(torch.linspace(-0.1, 0.1, len(norm.running_mean)))
+        norm.weight.copy_(torch.linspace(0.5, 1.0, len(norm.weight)))
     try:
         before = [t.clone() for t in probe()]
         for hook in hooks:
@@ -105,6 +106,7 @@ def fold(root: nn.Module, probe: Callable[[], Iterable[Tensor]]) -> int:
                 conv.__class__ = nn.Conv2d
                 norm.folded = False
     finally:
-        for norm, mean in zip(norms, kept, strict=True):
+        for norm, (mean, weight) in zip(norms, kept, strict=True):
             norm.running_mean.copy_(mean)
+            norm.weight.copy_(weight)
     return len(pairs) if same else 0

@@ -39,7 +39,7 @@ class AnchorGrid:
         if key not in self._cache:
             if len(self._cache) > 64:  # many input shapes: rebuild now and then rather than grow
                 self._cache.clear()
-            self._cache[key] = torch.cat([self._level(s, *shape, device) for s, shape in shapes.items()])
+            self._cache[key] = torch.cat([self._level(s, h, w, device) for s, (h, w) in shapes.items()])
         return self._cache[key], spans
 
     def __deepcopy__(self, memo: dict) -> AnchorGrid:

@@ -47,9 +47,8 @@ def pad_targets(targets: Sequence[Instances]) -> PaddedTargets:
     def weights(parts: list[Tensor | None]) -> Tensor | None:
         if all(p is None for p in parts):
             return None
-        return stack(
-            [torch.ones(len(t), device=device) if p is None else p for p, t in zip(parts, targets, strict=True)]
-        )
+        ones = [torch.ones(len(t), device=device) for t in targets]
+        return stack([one if p is None else p for p, one in zip(parts, ones, strict=True)])
 
     return PaddedTargets(
         boxes=stack([t.boxes.float() for t in targets]),
@@ -87,12 +86,10 @@ def assign_points(anchors: Tensor, ranges: Tensor, boxes: Tensor, valid: Tensor,
     return matched.where(smallest.isfinite(), BACKGROUND)
 
 
-def assign_iou(
-    candidates: Tensor, boxes: Tensor, low: float, high: float, allow_low_quality: bool, valid: Tensor | None = None
-) -> Tensor:
+def assign_iou(candidates: Tensor, boxes: Tensor, low: float, high: float, allow_low_quality: bool) -> Tensor:
     """Assignment by overlap, one image (Ren et al., 2015, section 3.1.2).
 
-    candidates  [P, 4], boxes [N, 4], valid bool [N] or None
+    candidates  [P, 4], boxes [N, 4]
     IoU >= high takes the best target; IoU < low is background (-1); between, the candidate is ignored (-2).
     allow_low_quality  every target also keeps the candidates of its own highest IoU, however low that is
 
@@ -101,14 +98,12 @@ def assign_iou(
     if boxes.shape[0] == 0:
         return torch.full((candidates.shape[0],), BACKGROUND, dtype=torch.int64, device=candidates.device)
     overlap = iou_matrix(candidates, boxes)  # [P, N]
-    if valid is not None:
-        overlap = overlap.where(valid, -1.0)
     best, target = overlap.max(dim=1)
     matched = target.where(best >= low, BACKGROUND)
     matched = matched.where((best < low) | (best >= high), IGNORED)
     if allow_low_quality:
         highest = overlap.max(dim=0).values  # [N]
-        keeps = (overlap == highest).any(dim=1)
+        keeps = ((overlap == highest) & (highest > 0)).any(dim=1)  # an empty target would keep every candidate
         matched = target.where(keeps, matched)
     return matched
 
