@@ -119,6 +119,12 @@ def count_problems(problems: Sequence[Problem]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def class_counts(samples: Sequence[Sample], num_classes: int) -> np.ndarray:
+    """Boxes per class, int64 [K]; crowd boxes are not counted, for nothing is learnt from them."""
+    labels = [s.labels[~s.crowd] for s in samples]
+    return np.bincount(np.concatenate([np.zeros(0, np.int64), *labels]), minlength=num_classes)
+
+
 @dataclass
 class Inspector:
     """Judges what the readers find. With `strict`, the first problem is an error instead of an entry in the list."""
@@ -145,9 +151,10 @@ class Inspector:
         """Report an image whose annotation was made for another (width, height)."""
         if actual == declared:
             return
-        frame = "after its EXIF rotation, in which the boxes are read" if actual == declared[::-1] else "in fact"
-        reason = f"the annotation says {declared[0]}x{declared[1]}, the image is {actual[0]}x{actual[1]} {frame}"
-        self.report(SIZE_DIFFERS, path, record, reason)
+        told, true = (f"{w}x{h}" for w, h in (declared, actual))
+        self.report(
+            SIZE_DIFFERS, path, record, f"annotated as {told}, but upright it is {true}; boxes are read in that"
+        )
 
     def clean(
         self, boxes: Sequence[Sequence[float]], size: tuple[int, int], path: str | os.PathLike[str], records: list[str]
@@ -162,11 +169,11 @@ class Inspector:
         width, height = size
         # As float32 at once: two sides that differ in float64 may coincide afterwards.
         clipped = np.clip(raw, 0, np.array([width, height, width, height])).astype(np.float32)
-        finite = np.isfinite(raw).all(axis=1)
+        finite = np.asarray(np.isfinite(raw)).all(axis=1)
         ordered = (raw[:, 2] > raw[:, 0]) & (raw[:, 3] > raw[:, 1])
         remains = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-        keep: np.ndarray = finite & ordered & remains
-        overhang: np.ndarray = np.abs(raw - clipped).max(axis=1, initial=0) > 1
+        keep = finite & ordered & remains
+        overhang = np.abs(raw - clipped).max(axis=1, initial=0) > 1
         for i in np.flatnonzero(~keep | overhang):
             box = "[" + ", ".join(f"{v:g}" for v in raw[i]) + "]"
             if keep[i]:
