@@ -23,8 +23,11 @@ from ssod.data.samples import (
     class_counts,
     count_problems,
 )
+from ssod.data.sheet import draw_samples
 from ssod.data.sources import load_data, read_data_yaml
 from ssod.errors import UserError
+
+__all__ = ["Overlap", "Report", "SplitReport", "check_data", "draw_samples"]
 
 _TRAINED_ON = ("train", "unlabeled")
 _EXAMPLES = 3  # of every kind of problem; all of them are in `problems`
@@ -121,7 +124,7 @@ class Report:
         labeled = {split: r for split, r in self.splits.items() if _labeled(r)}
         rows = [["class", *labeled]]
         for k, name in enumerate(self.names):
-            cells = [f"{r.counts[k]} ({100 * r.counts[k] / max(1, r.counts.sum()):.0f} %)" for r in labeled.values()]
+            cells = [f"{r.counts[k]} ({100 * r.counts[k] / max(1, r.counts.sum()):2.0f} %)" for r in labeled.values()]
             rows.append([f"{k} {name}", *cells])
         return rows
 
