@@ -1,0 +1,5 @@
+import sys
+
+from ssod.cli import main
+
+sys.exit(main())

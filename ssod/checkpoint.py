@@ -1,0 +1,117 @@
+"""Checkpoints: written atomically, verified when read, never able to run code.
+
+A checkpoint is an ordinary `torch.save` file of tensors and primitives whose zip comment carries the SHA-256 of
+everything before it, so `torch.load(path, weights_only=True)` reads it too. Keys:
+
+    format      int, FORMAT
+    spec        what rebuilds the detector: build_detector(**spec)
+    names       class names, in label order
+    imgsz       long side it was trained at, pixels
+    use         "student" or "teacher": the network that scored better, which val, predict and export take
+    metrics     AP of each network when it was saved, step, seed, versions
+    networks    {"student": state_dict, "teacher": state_dict}
+    train       last.pt only: all that resuming needs (strategy, optimizer, scaler, RNG, step, config)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssod.errors import UserError
+
+FORMAT = 1
+_MARK = b"ssod-sha256:"
+_COMMENT = len(_MARK) + 64
+_TEMPORARY = ".partial"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, foreign or unsafe."""
+
+
+def save_checkpoint(content: dict[str, Any], path: Path, keep: Path | None = None) -> None:
+    """Write `content` so that after a crash at any moment `path` is either the old file or the new one.
+
+    keep: where the old file goes; a crash between the two renames leaves it there and no `path`.
+
+    Raises OSError (disk full, no permission) and leaves the old file as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    body = buffer.getbuffer()[:-2]  # an empty zip comment is its length, two zero bytes, at the very end
+    digest = hashlib.sha256(body).hexdigest().encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.write(struct.pack("<H", _COMMENT) + _MARK + digest)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left behind."""
+    for stray in folder.glob(f".*{_TEMPORARY}"):
+        stray.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read and verify a checkpoint; tensors on the CPU.
+
+    Raises CheckpointError when the file is missing, damaged, not one of ours, or holds anything but tensors
+    and primitives (such a file could run code; it is not run).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}.")
+    raw = path.read_bytes()
+    if raw[-_COMMENT : -_COMMENT + len(_MARK)] != _MARK:
+        known = zipfile.is_zipfile(path)
+        what = "has no ssod checksum: it is truncated or was not written by ssod" if known else "is not a checkpoint"
+        raise CheckpointError(f"{path} {what}.")
+    if hashlib.sha256(memoryview(raw)[: -_COMMENT - 2]).hexdigest().encode() != raw[-64:]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match its content.")
+    try:
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file it will not read
+        raise CheckpointError(f"{path} holds something other than tensors and plain values: {_first(error)}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise CheckpointError(f"{path} has format {found}; this version of ssod reads format {FORMAT}.")
+    return content
+
+
+def load_last_good(folder: Path, names: tuple[str, ...] = ("last.pt", "previous.pt")) -> tuple[dict[str, Any], str]:
+    """The first of `names` in `folder` that verifies, and a sentence about those that did not ("" if none).
+
+    Raises CheckpointError when none does.
+    """
+    said = []
+    for name in names:
+        try:
+            return load_checkpoint(folder / name), " ".join(said)
+        except CheckpointError as error:
+            said.append(str(error))
+    raise CheckpointError(" ".join(said))
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,271 @@
+"""`ssod MODE key=value ...`: parse, check, run, and say in one sentence what went wrong.
+
+Exit codes: 0 done, 2 the user's mistake, 1 a fault of the program or the machine, 143 / 130 asked to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssod import __version__
+from ssod.errors import UserError, did_you_mean
+
+SUMMARY = {
+    "train": "train a student on labelled and unlabelled images",
+    "val": "COCO metrics of a checkpoint on a split",
+    "predict": "detect objects on images",
+    "check": "look over a data set before training",
+    "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
+    "help": "this text, or the arguments of a mode: ssod help train",
+    "version": "print the version",
+}
+USAGE = """ssod MODE key=value ...
+
+Modes
+{modes}
+
+Examples
+  ssod train cfg=demo.yaml
+  ssod train data=my.yaml labeled=10% strategy=mean_teacher epochs=100
+  ssod val model=runs/train/exp/weights/best.pt data=my.yaml
+  ssod predict model=runs/train/exp/weights/best.pt source=photos/
+
+Arguments are key=value in any order (--key value works too); sections by dots: strategy.tau=0.6.
+Defaults < cfg=FILE.yaml < command line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `ssod` and `python -m ssod`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = any(w in ("--verbose", "verbose=true", "verbose=True") for w in words)
+    try:
+        return _run(words)
+    except UserError as error:
+        if verbose:
+            raise
+        print(f"ssod: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssod: interrupted.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if verbose:
+            raise
+        print(f"ssod: {error}. (verbose=true shows where.)", file=sys.stderr)
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    mode, rest = _mode(words)
+    if mode == "help":
+        print(help_text(rest[0] if rest else None))
+        return 0
+    if mode == "version":
+        print(__version__)
+        return 0
+    from ssod.config import load_config, parse_words
+
+    overrides = parse_words(rest)
+    if mode == "cfg":
+        return _cfg(overrides)
+    return {"train": _train, "val": _val, "predict": _predict, "check": _check}[mode](load_config(mode, overrides))
+
+
+def _mode(words: list[str]) -> tuple[str, list[str]]:
+    if not words or words[0] in ("-h", "--help"):
+        return "help", []
+    if words[0] in ("-V", "--version"):
+        return "version", []
+    for i, word in enumerate(words):
+        if word in SUMMARY:
+            rest = words[:i] + words[i + 1 :]
+            if any(w in ("-h", "--help") for w in rest):
+                return "help", [word]
+            return word, rest
+    first = next((w for w in words if "=" not in w and not w.startswith("-")), None)
+    if first is None:
+        raise UserError(f"which mode? Start with one of {', '.join(SUMMARY)}, such as `ssod train {words[0]}`.")
+    raise UserError(f"'{first}' is not a mode.{did_you_mean(first, SUMMARY)} Modes: {', '.join(SUMMARY)}.")
+
+
+def help_text(mode: str | None = None) -> str:
+    if mode is None or mode not in ("train", "val", "predict", "check"):
+        if mode is not None and mode not in SUMMARY:
+            raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, SUMMARY)} Modes: {', '.join(SUMMARY)}.")
+        width = max(map(len, SUMMARY)) + 2
+        return USAGE.format(modes="\n".join(f"  {m:<{width}}{s}" for m, s in SUMMARY.items()))
+    from ssod.config import help_lines
+
+    return f"ssod {mode} key=value ...: {SUMMARY[mode]}\n\n" + "\n".join(help_lines(mode))
+
+
+def _cfg(overrides: dict[str, Any]) -> int:
+    from ssod.config import cfg_folders, load_config, to_yaml
+
+    if overrides:
+        print(to_yaml(load_config("train", overrides)), end="")
+        return 0
+    for folder in cfg_folders()[:1]:
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("data/*.yaml")]):
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"  {path.relative_to(folder)!s:<24}{first}")
+    return 0
+
+
+def _train(config: Any) -> int:
+    from ssod.engine.trainer import SemiTrainer, Stopped
+
+    trainer = SemiTrainer(config)
+    try:
+        summary = trainer.train()
+    except Stopped as stop:
+        print(
+            f"ssod: stopped by {stop} after step {trainer.step}; saved. `ssod train resume={trainer.folder}` goes on."
+        )
+        return stop.code
+    print(summary_text(summary))
+    return 0
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """What the last lines of a training run say: AP at the end of burn-in and at the end, and where everything is."""
+    lines = [""]
+    if summary["burn_in"]:
+        lines.append(f"end of burn-in (supervised)  AP {summary['burn_in']['AP']:.4f}")
+    for name, figures in summary["final"].items():
+        lines.append(
+            f"{'end, ' + name:<29}AP {figures['AP']:.4f}  AP50 {figures['AP50']:.4f}  AP75 {figures['AP75']:.4f}"
+        )
+    best = summary["best"]
+    lines.append(f"{'best':<29}AP {best['AP']:.4f}  the {best['use']} at step {best['step']}: best.pt")
+    if summary["unreadable"]:
+        lines.append(
+            f"{len(summary['unreadable'])} images could not be read and were replaced (metrics.json lists them)"
+        )
+    folder = Path(summary["folder"])
+    lines.append(f"run folder {folder}: results.png (curves), predictions.png, results.csv, weights/best.pt")
+    lines.append(f"next: ssod predict model={folder / 'weights' / 'best.pt'} source=FOLDER")
+    return "\n".join(lines)
+
+
+def _val(config: Any) -> int:
+    from ssod.deploy.infer import Inference, pick_device
+    from ssod.deploy.predictor import load_detector
+    from ssod.engine.evaluate import coco_metrics, coco_rows, coco_truth, detect
+    from ssod.engine.run import new_run
+    from ssod.engine.setup import load_split
+    from ssod.nn.precision import amp_dtype
+
+    detector, content = load_detector(config.model, config.weights)
+    data = load_split(config.data, config.split, config.data_path, config.strict)
+    if content["names"] != data.names:
+        raise UserError(
+            f"the model knows the classes {', '.join(content['names'])} and the data {', '.join(data.names)}. "
+            "Give data with the model's classes."
+        )
+    device = pick_device(config.device)
+    detector.to(device)
+    how = Inference(
+        imgsz=config.imgsz or content["imgsz"],
+        device=device,
+        dtype=amp_dtype("auto", device, detector) if device.type == "cuda" else None,
+        batch=config.batch,
+        workers=config.workers,
+        conf=config.conf,
+        iou=config.iou,
+        max_det=config.max_det,
+    )
+    print(data.summary())
+    rows = coco_rows(detect(detector, data.samples, how))
+    metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
+    folder = new_run(config.project, "val", config.name, config.exist_ok)
+    (folder / "metrics.json").write_text(json.dumps({"figures": metrics.figures, "per_class": metrics.per_class}))
+    if config.save_json:
+        (folder / "detections.json").write_text(json.dumps(_coco_results(rows, data.samples)))
+    print("  ".join(f"{k} {v:.4f}" for k, v in metrics.figures.items()))
+    for name, ap in metrics.per_class.items():
+        print(f"  {name:<20} AP {ap:.4f}")
+    print(f"{metrics.images} images, {metrics.detections} detections; run folder {folder}")
+    return 0
+
+
+def _coco_results(rows: Any, samples: Sequence[Any]) -> list[dict[str, Any]]:
+    """Detections in COCO results format, with the image ids of the data set."""
+    return [
+        {
+            "image_id": samples[int(r[0]) - 1].image_id,
+            "file_name": samples[int(r[0]) - 1].path.name,
+            "category_id": int(r[6]),
+            "bbox": [round(v, 3) for v in r[1:5]],
+            "score": round(r[5], 5),
+        }
+        for r in rows.tolist()
+    ]
+
+
+def _predict(config: Any) -> int:
+    from ssod.deploy.predictor import Predictor
+    from ssod.engine.run import new_run
+
+    predictor = Predictor(
+        config.model,
+        weights=config.weights,
+        device=config.device,
+        imgsz=config.imgsz,
+        conf=config.conf,
+        iou=config.iou,
+        max_det=config.max_det,
+        classes=config.classes,
+        batch=config.batch,
+        workers=config.workers,
+    )
+    results = predictor(config.source)
+    folder = new_run(config.project, "predict", config.name, config.exist_ok)
+    rows = []
+    for number, result in enumerate(results):
+        stem = (
+            result.path.stem
+            if len({r.path.stem for r in results}) == len(results)
+            else f"{number:05d}_{result.path.stem}"
+        )
+        if config.save:
+            result.save(folder / f"{stem}.jpg")
+        if config.save_txt:
+            (folder / "labels").mkdir(exist_ok=True)
+            (folder / "labels" / f"{stem}.txt").write_text(result.to_yolo())
+        rows.append({"path": str(result.path), "boxes": result.summary()})
+        if number < 20:
+            print(f"{result.path}: {result.verbose()}")
+    if config.save_json:
+        (folder / "predictions.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    if len(results) > 20:
+        print(f"... and {len(results) - 20} more images")
+    for path, reason in predictor.unreadable:
+        print(f"ssod: skipped {path}: {reason}", file=sys.stderr)
+    boxes = sum(map(len, results))
+    speed = results[-1].speed["inference"] if results else float("nan")
+    print(f"{boxes} objects on {len(results)} images, {speed:.0f} ms an image; run folder {folder}")
+    return 0
+
+
+def _check(config: Any) -> int:
+    from ssod.data.doctor import check_data, draw_samples
+    from ssod.engine.run import new_run
+    from ssod.engine.setup import data_yaml, load_split
+
+    report = check_data(data_yaml(config.data), config.data_path, decode=config.decode)
+    print(report.text())
+    if config.samples:
+        folder = new_run(config.project, "check", config.name, config.exist_ok)
+        train = load_split(config.data, "train", config.data_path, False)
+        draw_samples(train, config.samples, folder / "samples.png", config.seed)
+        print(f"run folder {folder}: samples.png")
+    return 0 if report.ok or not config.strict else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

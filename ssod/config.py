@@ -1,0 +1,372 @@
+"""A YAML and `key=value` words become one typed, frozen config per mode.
+
+Precedence: defaults < `base:` of the YAML < the YAML (`cfg=`) < the command line. Dotted keys reach into
+sections (`strategy.tau=0.8`). Types are strict and unknown keys are refused with the closest known one.
+Nothing here imports torch: `ssod help` and `ssod cfg` answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssod.errors import UserError, did_you_mean
+
+Pipeline = str | list[Any]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Component(Section):
+    """A named part and its own options; the part itself (detector, strategy) checks the options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Augment(Section):
+    """Names of pipelines, or lists of steps, for the three kinds of view."""
+
+    labeled: Pipeline = Field("weak", description="view of the labelled images")
+    weak: Pipeline = Field("weak", description="view of the unlabelled images that the teacher sees")
+    strong: Pipeline = Field("strong", description="view of the unlabelled images that the student learns from")
+
+
+class Common(Section):
+    """What every mode that reads data or a model understands."""
+
+    data: str | None = Field(None, description="data YAML (path, train, unlabeled, val, test, names), or `shapes`")
+    data_path: str | None = Field(None, description="folder of the data, instead of the `path:` in the data YAML")
+    strict: bool = Field(False, description="stop at the first flaw of the data instead of reporting it")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
+    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
+    project: str = Field("runs", description="parent folder of run folders")
+    name: str | None = Field(None, description="name of the run folder; default: the mode")
+    exist_ok: bool = Field(False, description="write into an existing run folder instead of NAME-2")
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+
+class Inference(Common):
+    """How raw predictions become detections."""
+
+    imgsz: int = Field(640, ge=32, description="long side of the image, pixels")
+    conf: float = Field(0.05, ge=0, le=1, description="lowest score of a detection")
+    iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold")
+    max_det: int = Field(100, ge=1, description="most detections of one image")
+
+
+class TrainConfig(Inference):
+    """`ssod train`"""
+
+    detector: Component = Field(Component(name="fcos"), description="fcos or faster_rcnn, with its options")
+    strategy: Component = Field(Component(name="mean_teacher"), description="supervised or mean_teacher, with options")
+    backbone: str = Field("resnet50", description="any timm backbone with feature maps up to stride 32")
+    weights: str | None = Field(None, description="weights to start from: a backbone's own, or an ssod checkpoint")
+    frozen_norm: bool | None = Field(
+        None, description="keep the backbone's batch norm fixed; default: true with weights, false without"
+    )
+    freeze: int = Field(0, ge=0, description="freeze the backbone's stem and this many of its stages; 0 = train all")
+
+    labeled: str | int = Field("all", description="labelled part of train: all, 10%, a count, or a file of image names")
+    unlabeled: str = Field(
+        "auto", description="unlabelled images: auto (rest of train and the YAML's `unlabeled`), rest, none, or a folder"
+    )
+    augment: Augment = Field(Augment(), description="views of the images")
+    cache: bool = Field(False, description="keep decoded, resized images in memory (each worker its own)")
+    max_bad: float = Field(0.05, ge=0, le=1, description="stop when more than this share of images cannot be read")
+
+    iters: int | None = Field(None, ge=1, description="training steps (one of iters, epochs)")
+    epochs: int | None = Field(
+        None, ge=1, description="passes over the larger set, labelled or unlabelled; 100 where iters is not given"
+    )
+    batch: int = Field(8, ge=1, description="labelled images of a step, over all devices")
+    batch_unlabeled: int | None = Field(None, ge=0, description="unlabelled images of a step; default: as batch")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
+    burn_in: int | float = Field(0.25, ge=0, description="supervised steps before the teacher starts; < 1 is a share")
+    ema_decay: float = Field(0.9996, gt=0, lt=1, description="decay of the teacher's moving average, per step")
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd or adamw")
+    lr0: float = Field(0.01, gt=0, description="learning rate after warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum or Adam's beta1")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of matrices and kernels (not norms, biases)")
+    schedule: Literal["constant", "multistep", "cosine"] = Field("constant", description="learning rate over the run")
+    milestones: list[float] = Field([0.67, 0.89], description="multistep: shares of the run at which lr drops tenfold")
+    warmup_iters: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    clip_grad: float = Field(10.0, ge=0, description="largest gradient norm; 0 = off")
+    amp: bool | Literal["auto", "bf16", "fp16"] = Field(
+        "auto", description="mixed precision; auto: bf16 where the device is faster with it"
+    )
+
+    val_interval: int = Field(0, ge=0, description="steps between validations; 0 = ten in the run")
+    val_fraction: float = Field(1.0, gt=0, le=1, description="share of the val images used while training")
+    eval_on: Literal["both", "student", "teacher"] = Field("both", description="which network validation looks at")
+    patience: int = Field(0, ge=0, description="stop after this many validations without a better AP; 0 = off")
+    save_period: int = Field(0, ge=0, description="also keep a checkpoint every so many steps; 0 = off")
+    save_interval: int = Field(500, ge=1, description="steps between writes of last.pt")
+    plots: bool = Field(True, description="draw curves and predictions into the run folder")
+    seed: int = Field(0, ge=0, description="seed of the split, the weights and every draw")
+    deterministic: bool = Field(True, description="prefer bit-equal results to the last bit of speed")
+    resume: bool | str = Field(
+        False, description="true: the newest unfinished run of `name`; or a checkpoint or folder"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.iters is not None and self.epochs is not None:
+            raise ValueError("'iters' and 'epochs' both set the length of the run; give one of them")
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != self.milestones:
+            raise ValueError("'milestones' are rising shares of the run between 0 and 1, such as [0.67, 0.89]")
+        return self
+
+    @property
+    def unlabeled_per_step(self) -> int:
+        return self.batch if self.batch_unlabeled is None else self.batch_unlabeled
+
+
+class ValConfig(Inference):
+    """`ssod val`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    split: Literal["train", "val", "test"] = Field("val", description="split of the data YAML")
+    imgsz: int | None = Field(None, ge=32, description="long side, pixels; default: as trained")  # type: ignore[assignment]
+    batch: int = Field(8, ge=1, description="images at once")
+    save_json: bool = Field(False, description="write detections.json in COCO results format")
+
+
+class PredictConfig(Inference):
+    """`ssod predict`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    source: str | list[str] = Field(description="image, folder, glob, or a list of these")
+    imgsz: int | None = Field(None, ge=32, description="long side, pixels; default: as trained")  # type: ignore[assignment]
+    conf: float = Field(0.25, ge=0, le=1, description="lowest score of a detection")
+    classes: list[int | str] | None = Field(None, description="keep only these classes (names or numbers)")
+    batch: int = Field(8, ge=1, description="images at once")
+    save: bool = Field(True, description="write drawn images")
+    save_txt: bool = Field(False, description="write one YOLO text file an image (class x y w h score)")
+    save_json: bool = Field(False, description="write predictions.json")
+
+
+class CheckConfig(Common):
+    """`ssod check`"""
+
+    data: str = Field(description="data YAML to look over")
+    decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
+    samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
+    seed: int = Field(0, ge=0, description="which images are drawn")
+
+
+MODES: dict[str, type[Common]] = {
+    "train": TrainConfig,
+    "val": ValConfig,
+    "predict": PredictConfig,
+    "check": CheckConfig,
+}
+_COMPONENTS = ("detector", "strategy")
+_EITHER = ("iters", "epochs")
+
+
+def cfg_folders() -> list[Path]:
+    """Where `cfg=NAME` and `base:` are looked up after the working folder: the package's own YAMLs."""
+    here = Path(__file__).resolve().parent
+    return [d for d in (here / "cfg", here.parent / "cfg") if (d / "default.yaml").is_file()]
+
+
+def find_yaml(name: str, near: Path | None = None) -> Path:
+    """Find a YAML by path (from `near`, then the working folder) or by its name among the package's own."""
+    places = [p for p in (near, Path()) if p is not None] + cfg_folders() + [d / "data" for d in cfg_folders()]
+    names = [name] if Path(name).suffix in (".yaml", ".yml") else [name, f"{name}.yaml"]
+    for place in places:
+        for n in names:
+            if (place / n).is_file():
+                return place / n
+    known = [p.name for d in cfg_folders() for p in sorted([*d.glob("*.yaml"), *d.glob("data/*.yaml")])]
+    raise UserError(
+        f"there is no YAML '{name}' here or among the package's own.{did_you_mean(name, known)} `ssod cfg` lists them."
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises UserError on bad syntax, on python tags, on anything but a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not plain YAML: {getattr(error, 'problem', None) or error}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or any(not isinstance(k, str) for k in content):
+        raise UserError(f"{path} must hold `key: value` lines.")
+    return {k: _numbers(v) for k, v in content.items()}
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value`, `--key=value` and `--key value` words into a nested dict of typed values."""
+    out: dict[str, Any] = {}
+    i = 0
+    while i < len(words):
+        word = words[i]
+        key, equals, text = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not equals:
+            follows = i + 1 < len(words) and not words[i + 1].startswith("--") and "=" not in words[i + 1]
+            text = words[i + 1] if follows else "true"
+            i += follows
+        elif not equals:
+            raise UserError(f"'{word}' is not an argument. Arguments look like key=value, such as epochs=100.")
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key.replace("-", "_")):
+            raise UserError(f"'{word}' is not an argument. Arguments look like key=value, such as epochs=100.")
+        _set(out, key.replace("-", "_").split("."), _value(text), word)
+        i += 1
+    return out
+
+
+def _value(text: str) -> Any:
+    try:
+        return _numbers(yaml.safe_load(text)) if text.strip() else None
+    except yaml.YAMLError:
+        return text  # a Windows path or a glob such as *.jpg is a plain word
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any, word: str) -> None:
+    for part in path[:-1]:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):  # `strategy=sed strategy.tau=.8` in one line
+            inner = tree[part] = {"name": inner} if part in _COMPONENTS else {}
+        tree = inner
+    if isinstance(tree.get(path[-1]), dict) and path[-1] in _COMPONENTS and isinstance(value, str):
+        tree[path[-1]]["name"] = value
+    else:
+        tree[path[-1]] = value
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `high` over `low`. Another component name drops the options of the old one."""
+    out = dict(low)
+    for one, other in (_EITHER, _EITHER[::-1]):
+        if high.get(one) is not None and other not in high:
+            out.pop(other, None)
+    for key, value in high.items():
+        old = out.get(key)
+        if key in _COMPONENTS and isinstance(value, str):
+            value = {"name": value}
+        if key in _COMPONENTS and isinstance(old, str):
+            old = {"name": old}
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = key in _COMPONENTS and "name" in value and value["name"] != old.get("name")
+            value = dict(value) if renamed else merge(old, value)
+        out[key] = value
+    return out
+
+
+def read_cfg(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a config YAML over the one its `base:` names. Raises UserError when bases go in a circle."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path} is its own `base:` ({' -> '.join(p.name for p in (*seen, path))}).")
+    own = read_yaml(path)
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(f"{path}: `base:` must name one YAML.")
+    return merge(read_cfg(find_yaml(base, near=path.parent), (*seen, path)), own)
+
+
+def load_config(mode: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Build the config of a mode from overrides; their `cfg` names a YAML that goes beneath them.
+
+    Raises UserError for an unknown mode or key (with the closest known one) and for a value of another type.
+    """
+    if mode not in MODES:
+        raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}.")
+    overrides = dict(overrides or {})
+    cfg = overrides.pop("cfg", None)
+    values: dict[str, Any] = {}
+    if cfg is not None:
+        values = merge(values, read_cfg(find_yaml(str(cfg))))
+    values = merge(values, overrides)
+    for key in _COMPONENTS:
+        if isinstance(values.get(key), str):
+            values[key] = {"name": values[key]}
+    if mode != "train" and cfg is not None:  # a training recipe also serves val, predict and check
+        values = {k: v for k, v in values.items() if k in MODES[mode].model_fields or k not in TrainConfig.model_fields}
+    return validate(MODES[mode], values, "")
+
+
+def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Any:
+    """Validate `values`; `prefix` ("strategy.") is how the user would spell the keys."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_sentence(model, error, prefix)) from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(p) for p in first["loc"] if isinstance(p, str) and not p.startswith(("function", "literal", "list"))]
+    path = [p for i, p in enumerate(path) if not (i > 0 and p in ("str", "int", "float", "bool"))]
+    key = prefix + ".".join(path)
+    if first["type"] == "extra_forbidden":
+        fields: Mapping[str, Any] = model.model_fields
+        for part in path[:-1]:
+            inner = fields[part].annotation
+            fields = inner.model_fields if hasattr(inner, "model_fields") else {}
+        lead = prefix + "".join(p + "." for p in path[:-1])
+        hint = did_you_mean(path[-1], fields)
+        near = hint.split("'")[1] if hint else None
+        if near is not None:
+            default = fields[near].default
+            shown = "" if default is None or isinstance(default, BaseModel) else f"={default}"
+            hint = f" Did you mean {lead}{near}{shown if shown != '=PydanticUndefined' else ''}?"
+        mode = next((m for m, c in MODES.items() if c is model), "train")
+        return f"'{key}' is not a valid argument.{hint} `ssod help {mode}` lists them."
+    if first["type"] == "missing":
+        return f"'{key}' is missing: {model.model_fields[path[-1]].description}." if path else "a value is missing."
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        return message if message.endswith(".") else message + "."
+    expected = "; ".join(dict.fromkeys(e["msg"].replace("Input should be ", "") for e in error.errors()[:3]))
+    return f"{key}={first['input']!r} does not fit: it should be {expected}."
+
+
+def help_lines(mode: str) -> list[str]:
+    """One line a key: name, default, meaning."""
+    lines = []
+    for key, f in MODES[mode].model_fields.items():
+        default = "required" if f.is_required() else _plain(f.default)
+        lines.append(f"  {key:<17}{default!s:<15} {f.description}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return value.name
+    return f"{{{', '.join(type(value).model_fields)}}}" if isinstance(value, Section) else value
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The config as a YAML that `cfg=` reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

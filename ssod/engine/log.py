@@ -1,0 +1,139 @@
+"""What a run writes while it trains: one progress line, results.csv, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Averages:
+    """Means of named numbers between two log lines. Tensors stay on their device until `read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + (value.detach() if isinstance(value, Tensor) else value)
+            self._counts[name] += 1
+
+    def read(self) -> dict[str, float]:
+        """The means so far, in one transfer; starts anew."""
+        names = list(self._sums)
+        values = [torch.as_tensor(self._sums[n], dtype=torch.float32) for n in names]
+        device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
+        means = torch.stack([v.to(device) for v in values]).tolist() if values else []
+        out = {n: m / self._counts[n] for n, m in zip(names, means, strict=True)}
+        self._sums.clear()
+        self._counts.clear()
+        return out
+
+
+class Table:
+    """results.csv: one row a log line or validation, columns as they appear. Readable at any moment.
+
+    Appends; only a new column makes it write the file anew (atomically).
+    """
+
+    def __init__(self, path: Path, until_step: int = 0) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.is_file():  # resumed: what came after the checkpoint happens again
+            with open(path, newline="") as file:
+                self.rows = [r for r in csv.DictReader(file) if r.get("step") and int(r["step"]) <= until_step]
+        self.columns = list(dict.fromkeys(k for r in self.rows for k in r))
+        self._rewrite()
+
+    def add(self, row: dict[str, Any]) -> None:
+        text = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+        self.rows.append(text)
+        new = [k for k in text if k not in self.columns]
+        if new:
+            self.columns += new
+            self._rewrite()
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(text)
+
+    def _rewrite(self) -> None:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        temporary.write_text(buffer.getvalue(), newline="")
+        os.replace(temporary, self.path)
+
+    def series(self, column: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one column."""
+        pairs = [(int(r["step"]), float(r[column])) for r in self.rows if r.get(column)]
+        return [s for s, _ in pairs], [v for _, v in pairs]
+
+
+class Logger:
+    """Console, results.csv and, where `tensorboard` is installed, events in the run folder. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, iters: int, start: int, active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        self.table = Table(folder / "results.csv", until_step=start)
+        self.bar = tqdm(total=iters, initial=start, unit="it", dynamic_ncols=True, file=sys.stdout, mininterval=1.0)
+        self.events = _tensorboard(folder)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            self.bar.write(text, file=sys.stdout)
+
+    def step(self, step: int) -> None:
+        if self.active:
+            self.bar.update(step + 1 - self.bar.n)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self.table.add({"step": step, **values})
+        if self.events is not None:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        if any(n.startswith("sup/") for n in values):
+            self.bar.set_postfix_str(progress_text(values), refresh=False)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            if self.events is not None:
+                self.events.close()
+
+
+def progress_text(values: dict[str, float]) -> str:
+    """Losses apart, then what the teacher gave: "sup 1.21  unsup 0.42 | 12.3 boxes/img, 41% kept, tau 0.62"."""
+    total = {kind: sum(v for n, v in values.items() if n.startswith(f"{kind}/")) for kind in ("sup", "unsup")}
+    text = f"sup {total['sup']:.3f}"
+    if any(n.startswith("unsup/") for n in values):
+        text += f" unsup {total['unsup']:.3f}"
+    if "pseudo/per_image" in values:
+        text += (
+            f" | {values['pseudo/per_image']:.1f} boxes/img, {values['pseudo/kept']:.0%} kept, "
+            f"tau {values['pseudo/tau']:.2f}"
+        )
+    return text
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the extra `tb` is not installed: the CSV has everything
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,39 @@
+"""Optimizer and learning rate: both are functions of the config and the step number, so there is no state to resume
+besides the optimizer's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ssod.config import TrainConfig
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters; norms and biases (1-D) are not decayed."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr0, momentum=config.momentum, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.lr0, betas=(config.momentum, 0.999), foreach=True)
+
+
+def lr_at(step: int, iters: int, config: TrainConfig) -> float:
+    """Learning rate of a step: linear warm-up from a thousandth, then constant, multistep or cosine."""
+    warmup = min(config.warmup_iters, iters // 10)
+    factor = 1.0
+    if config.schedule == "multistep":
+        factor = 0.1 ** sum(step >= round(m * iters) for m in config.milestones)
+    elif config.schedule == "cosine":
+        factor = 0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / iters))))
+    if step < warmup:
+        factor *= 0.001 + 0.999 * step / warmup
+    return config.lr0 * factor
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

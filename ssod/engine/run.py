@@ -1,0 +1,77 @@
+"""The run folder: named, locked while in use, and complete enough to repeat the run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from ssod.errors import UserError
+
+_held: list[IO[str]] = []  # locks live as long as the process
+
+
+def new_run(project: str, mode: str, name: str | None, exist_ok: bool) -> Path:
+    """Create and lock PROJECT/MODE/NAME, or NAME-2, NAME-3 ... where it exists and `exist_ok` is false."""
+    base = Path(project) / mode / (name or "exp")
+    folder, number = base, 1
+    while folder.exists() and not exist_ok:
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_run(folder)
+    return folder
+
+
+def lock_run(folder: Path) -> None:
+    """Hold the run folder for this process; the system frees it when the process ends, however it ends.
+
+    Raises UserError when another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{folder} is in use by {owner}. Wait for it, or give this run another name=.") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    _held.append(file)
+
+
+def last_run(project: str, name: str | None) -> Path:
+    """The training run folder written last, for `resume=True`. Raises UserError when there is none."""
+    base = Path(project) / "train"
+    pattern = f"{name or 'exp'}*"
+    found = [p.parent for p in base.glob(f"{pattern}/weights/") if any(p.glob("*.pt"))]
+    if not found:
+        raise UserError(f"resume=True finds no run {base / pattern} with a checkpoint. Give resume=PATH of its folder.")
+    return max(found, key=lambda p: max(c.stat().st_mtime for c in (p / "weights").glob("*.pt")))
+
+
+def resume_folder(resume: str) -> Path:
+    """The run folder of a checkpoint, a weights folder or a run folder. Raises UserError when it is none of these."""
+    path = Path(resume)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "weights").is_dir() and path.exists():
+            return folder
+    raise UserError(f"resume={resume} is neither a run folder nor a checkpoint in one.")
+
+
+def environment() -> str:
+    """Versions and machine, for env.txt."""
+    names = ("ssod", "torch", "torchvision", "timm", "pycocotools", "faster-coco-eval", "numpy", "pillow", "pydantic")
+    lines = [f"python {sys.version.split()[0]}", f"platform {platform.platform()}", f"cpus {os.cpu_count()}"]
+    for name in names:
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,163 @@
+"""From the config to what a run needs: data, student and strategy. Everything that can be refused is refused here,
+before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssod.checkpoint import load_checkpoint
+from ssod.config import TrainConfig, find_yaml, validate
+from ssod.data.image import ImageError, image_size
+from ssod.data.samples import Dataset, Sample
+from ssod.data.shapes import shapes_yaml
+from ssod.data.sources import load_data, read_data_yaml
+from ssod.data.splits import choose_labeled
+from ssod.deploy.predictor import find_images
+from ssod.detectors import build_detector
+from ssod.detectors.base import Detector
+from ssod.errors import UserError
+from ssod.nn.backbone import load_backbone_weights
+from ssod.strategies import build_strategy, strategy_class
+from ssod.strategies.base import Plan, Strategy
+
+
+@dataclass
+class TrainData:
+    """labeled, unlabeled: what the two streams draw from; val: what validation looks at; notes: lines for the user."""
+
+    labeled: list[Sample]
+    unlabeled: list[Sample]
+    val: list[Sample]
+    names: list[str]
+    notes: list[str]
+
+
+def data_yaml(name: str | None) -> Path:
+    """The data YAML a `data=` argument means: a path, one of the package's own, or `shapes`, the drawn demo set."""
+    if name is None:
+        raise UserError("there is no data: give data=DATA.yaml, or data=shapes for the drawn demo set.")
+    return shapes_yaml() if name == "shapes" else find_yaml(name)
+
+
+def load_split(data: str | None, split: str, data_path: str | None, strict: bool) -> Dataset:
+    return load_data(data_yaml(data), split, data_path, strict)
+
+
+def build_data(config: TrainConfig) -> TrainData:
+    """Read train and val, choose the labelled part, and gather unlabelled images.
+
+    Raises UserError for anything missing or empty: no data, no labelled image, no unlabelled image, no val.
+    """
+    uses_unlabeled = strategy_class(config.strategy.name).uses_unlabeled and config.unlabeled_per_step > 0
+    train = load_split(config.data, "train", config.data_path, config.strict)
+    val = load_split(config.data, "val", config.data_path, config.strict)
+    if train.names != val.names:
+        raise UserError(f"train and val name other classes: {train.names} and {val.names}. Name them in the data YAML.")
+    chosen, rest = choose_labeled(train.samples, config.labeled, config.seed, len(train.names))
+    labeled = [train.samples[i] for i in chosen]
+    unlabeled: list[Sample] = []
+    notes = [train.summary(), val.summary()]
+    if uses_unlabeled:
+        unlabeled = _unlabeled(config, [train.samples[i] for i in rest])
+    used = max(1, round(len(val.samples) * config.val_fraction))
+    boxes = sum(len(s.boxes) for s in labeled)
+    notes.append(
+        f"{len(labeled)} labelled images with {boxes} boxes, {len(unlabeled)} unlabelled, {used} for validation"
+    )
+    return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
+
+
+def _unlabeled(config: TrainConfig, rest: list[Sample]) -> list[Sample]:
+    """Images without their annotations: whatever lies beside them is never looked at."""
+    out = [Sample.unlabeled(s.path, s.image_id, s.width, s.height) for s in rest]
+    if config.unlabeled == "none":
+        out = []
+    elif config.unlabeled == "auto":
+        if "unlabeled" in read_data_yaml(data_yaml(config.data), config.data_path).splits:
+            out += load_split(config.data, "unlabeled", config.data_path, config.strict).samples
+    elif config.unlabeled != "rest":
+        out = _folder(config.unlabeled)
+    if not out:
+        raise UserError(
+            f"strategy={config.strategy.name} finds no unlabelled image (labeled={config.labeled}, "
+            f"unlabeled={config.unlabeled}). Label fewer, such as labeled=10%, give unlabeled=FOLDER, "
+            "or train with strategy=supervised."
+        )
+    return out
+
+
+def _folder(folder: str) -> list[Sample]:
+    out = []
+    for path in find_images(folder):
+        try:
+            width, height = image_size(path)
+        except ImageError:  # said again, with its reason, by the loader when it is drawn
+            width = height = 0
+        out.append(Sample.unlabeled(path, len(out) + 1, width, height))
+    return out
+
+
+def plan_run(config: TrainConfig, data: TrainData) -> Plan:
+    """Length of the run and of its supervised start, in steps."""
+    iters = config.iters
+    if iters is None:
+        per_step = config.batch * config.accumulate
+        passes = -(-len(data.labeled) // per_step)
+        if data.unlabeled:
+            passes = max(passes, -(-len(data.unlabeled) // (config.unlabeled_per_step * config.accumulate)))
+        iters = passes * (config.epochs or 100)
+    burn_in = round(config.burn_in * iters) if config.burn_in < 1 else int(config.burn_in)
+    if data.unlabeled and burn_in >= iters:
+        raise UserError(
+            f"burn_in={config.burn_in} leaves no step of {iters} for the unlabelled images. Lower burn_in or raise iters."
+        )
+    return Plan(iters, burn_in if data.unlabeled else iters, config.ema_decay)
+
+
+def check_options(config: TrainConfig) -> None:
+    """Refuse unknown strategies, detectors and options before any data is read."""
+    validate(strategy_class(config.strategy.name).Options, config.strategy.options, "strategy.")
+    from ssod.detectors import detector_class
+
+    validate(detector_class(config.detector.name).Options, config.detector.options, "detector.")
+
+
+def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]:
+    """The detector with its starting weights, and a sentence about them."""
+    if config.weights is not None and _is_checkpoint(config.weights):
+        return _from_checkpoint(config.weights, names)
+    frozen = config.frozen_norm if config.frozen_norm is not None else config.weights is not None
+    student = build_detector(
+        config.detector.name, len(names), config.backbone, config.detector.options, frozen, config.freeze
+    )
+    if config.weights is None:
+        return student, f"{config.detector.name} on {config.backbone}, random weights"
+    return student, str(load_backbone_weights(student.backbone, config.weights))  # type: ignore[arg-type]
+
+
+def _is_checkpoint(path: str) -> bool:
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"weights={path}: there is no such file.")
+    with open(file, "rb") as f:
+        f.seek(max(0, file.stat().st_size - 128))
+        return b"ssod-sha256:" in f.read()
+
+
+def _from_checkpoint(path: str, names: list[str]) -> tuple[Detector, str]:
+    content = load_checkpoint(path)
+    if content["names"] != names:
+        raise UserError(
+            f"{path} knows the classes {', '.join(content['names'])} and the data {', '.join(names)}. "
+            "Give data of the same classes, or start from a backbone's weights."
+        )
+    student = build_detector(**content["spec"])
+    student.load_state_dict(content["networks"][content["use"]])
+    return student, f"{content['use']} of {path}"
+
+
+def build(config: TrainConfig, data: TrainData) -> tuple[Strategy, str]:
+    student, note = build_student(config, data.names)
+    strategy = build_strategy(config.strategy.name, student, config.strategy.options, plan_run(config, data))
+    return strategy, note

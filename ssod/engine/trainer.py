@@ -1,0 +1,403 @@
+"""The training loop. It knows steps, files and signals; what a step learns is the strategy's."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssod import __version__, dist
+from ssod.checkpoint import FORMAT, load_last_good, save_checkpoint, sweep
+from ssod.config import TrainConfig, to_yaml, validate
+from ssod.data.loader import StepLoader, build_loader
+from ssod.data.transforms import pipeline
+from ssod.deploy.infer import Inference, pick_device
+from ssod.engine.diagnose import Starvation
+from ssod.engine.evaluate import Metrics, evaluate
+from ssod.engine.log import Averages, Logger
+from ssod.engine.optim import build_optimizer, lr_at, set_lr
+from ssod.engine.run import environment, last_run, lock_run, new_run, resume_folder
+from ssod.engine.setup import build, build_data, check_options
+from ssod.errors import UserError
+from ssod.nn.precision import amp_dtype, autocast
+from ssod.structures import SemiBatch
+
+SKIPS = 20  # steps in a row without finite gradients before the run stops
+
+
+class Stopped(Exception):
+    """Asked to stop by a signal; the run is saved and `resume=True` goes on. code: 143 or 130."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class SemiTrainer:
+    """Train a student on labelled and unlabelled images by the strategy that the config names.
+
+    folder: the run folder (args.yaml, env.txt, results.csv, metrics.json, plots, weights/{last,best}.pt).
+    Raises UserError for anything the user can mend, before the first step where possible.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder, resumed, config = _folder_and_state(config)
+        self.config = config
+        check_options(config)
+        self.device = pick_device(config.device)
+        dist.init(self.device)
+        torch.manual_seed(config.seed)
+        torch.backends.cudnn.deterministic = config.deterministic
+        self.data = build_data(config)
+        strategy, self.note = build(config, self.data)
+        self.plan = strategy.plan
+        self.strategy = strategy.to(self.device)
+        self.optimizer = build_optimizer(self.strategy, config)
+        self.dtype = amp_dtype(config.amp, self.device, self.strategy)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step = 0  # steps done
+        self.best: dict[str, Any] = {"AP": -1.0, "step": 0, "use": "student"}
+        self.history: list[dict[str, Any]] = []  # one entry a validation
+        self.bad: dict[str, str] = {}  # images that could not be read: path -> reason
+        self._asked: int | None = None
+        self._since_best = 0
+        if resumed is not None:
+            self._restore(resumed)
+        if self.folder is None:
+            self.folder = new_run(config.project, "train", config.name, config.exist_ok)
+        (self.folder / "weights").mkdir(exist_ok=True)
+        sweep(self.folder / "weights")
+
+    # -- the loop
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end and return the summary that metrics.json holds. Raises Stopped when asked to stop."""
+        config, plan = self.config, self.plan
+        (self.folder / "args.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
+        log = Logger(self.folder, plan.iters, self.step, active=dist.is_main())
+        for line in [*self.data.notes, self.note, self._headline()]:
+            log.say(line)
+        wrapped = dist.wrap(self.strategy, self.device)
+        averages, starvation, skipped = Averages(), Starvation(self.data.unlabeled != []), 0
+        every = max(1, min(50, plan.iters // 100))
+        started = time.monotonic()
+        with _signals(self):
+            try:
+                for batches in self._batches():
+                    set_lr(self.optimizer, lr_at(self.step, plan.iters, config))
+                    finite = self._step(wrapped, batches, averages)
+                    skipped = 0 if finite else skipped + 1
+                    if skipped >= SKIPS:
+                        raise UserError(
+                            f"the gradients were not finite for {SKIPS} steps up to step {self.step}. The last good "
+                            f"weights are in {self.folder / 'weights'}; go on from them with a lower lr0 or amp=false."
+                        )
+                    log.step(self.step)
+                    self.step += 1
+                    if self.step % every == 0 or self.step == plan.iters:
+                        values = averages.read() | {"lr": lr_at(self.step - 1, plan.iters, config)}
+                        log.row(self.step, values | {"seconds": time.monotonic() - started})
+                        if alarm := starvation.look(values):
+                            log.say(alarm)
+                    if self._is_due():
+                        self._validate(log)
+                        if 0 < config.patience <= self._since_best:
+                            log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
+                            break
+                    if self.step % config.save_interval == 0:
+                        self._save("last.pt")
+                    if config.save_period and self.step % config.save_period == 0:
+                        self._save(f"step{self.step}.pt")
+                    if self._asked is not None:
+                        raise Stopped(self._asked)
+            except BaseException:
+                if self.step and skipped == 0:
+                    self._save("last.pt")
+                raise
+            finally:
+                log.close()
+        self._save("last.pt")
+        return self._finish(log)
+
+    def _step(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> bool:
+        """One optimizer step over its micro-batches; False when it was skipped because it was not finite."""
+        self.strategy.train()
+        for batch in batches:
+            self._note_bad(batch.bad)
+            with autocast(self.dtype, self.device):
+                out = wrapped(batch.to(self.device, non_blocking=True), self.step)
+            total = torch.stack([v.float() for v in out.losses.values()]).sum() / len(batches)
+            self.scaler.scale(total).backward()
+            averages.add({**out.losses, **out.stats})
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit, foreach=True)
+        finite = bool(torch.isfinite(norm))  # the same on all ranks: gradients are already averaged
+        if finite or self.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if finite:
+            averages.add({"grad_norm": norm})
+            self.strategy.after_step(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _batches(self) -> Iterator[list[SemiBatch]]:
+        """Micro-batches of every step still to do. Unlabelled images are not even read during burn-in."""
+        for first, last, per_step in (
+            (0, self.plan.burn_in, 0),
+            (self.plan.burn_in, self.plan.iters, self.config.unlabeled_per_step),
+        ):
+            start = max(first, self.step)
+            if start < last:
+                n = self.config.accumulate
+                loader = iter(self._loader(start * n, last * n, per_step))
+                for _ in range(start, last):
+                    yield [next(loader) for _ in range(n)]
+
+    def _loader(self, start: int, end: int, unlabeled_per_step: int) -> StepLoader:
+        c = self.config
+        world = dist.world()
+        for name, size in (("batch", c.batch), ("batch_unlabeled", unlabeled_per_step)):
+            if size % world:
+                raise UserError(f"{name}={size} does not divide over {world} processes.")
+        return build_loader(
+            self.data.labeled,
+            self.data.unlabeled,
+            batch=c.batch // world,
+            batch_unlabeled=unlabeled_per_step // world,
+            imgsz=c.imgsz,
+            labeled_view=pipeline(c.augment.labeled, c.imgsz),
+            weak=pipeline(c.augment.weak, c.imgsz),
+            strong=pipeline(c.augment.strong, c.imgsz),
+            seed=c.seed,
+            start_step=start,
+            steps=end,
+            workers=c.workers,
+            rank=dist.rank(),
+            world=world,
+            cache=c.cache,
+            pin=self.device.type == "cuda",
+        )
+
+    def _note_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Count images that cannot be read; stop above `max_bad` of the training images."""
+        self.bad.update(dict(bad))
+        total = len(self.data.labeled) + len(self.data.unlabeled)
+        if bad and len(self.bad) > self.config.max_bad * total:
+            path, reason = bad[0]
+            raise UserError(
+                f"{len(self.bad)} of {total} training images cannot be read, more than max_bad={self.config.max_bad}; "
+                f"the last one: {path}: {reason}. `ssod check` lists them all."
+            )
+
+    # -- validation and files
+
+    def _is_due(self) -> bool:
+        interval = self.config.val_interval or max(1, self.plan.iters // 10)
+        last_of_burn_in = self.step == self.plan.burn_in
+        return self.step % interval == 0 or last_of_burn_in or self.step == self.plan.iters
+
+    def _validate(self, log: Logger) -> None:
+        """Score the networks; the better one of the best validation becomes best.pt."""
+        how = Inference(
+            imgsz=self.config.imgsz,
+            device=self.device,
+            dtype=self.dtype,
+            batch=self.config.batch,
+            workers=0,
+            conf=self.config.conf,
+            iou=self.config.iou,
+            max_det=self.config.max_det,
+        )
+        networks = self.strategy.networks()
+        if self.config.eval_on in networks:
+            networks = {self.config.eval_on: networks[self.config.eval_on]}
+        elif self.step < self.plan.burn_in and self.strategy.uses_unlabeled:
+            networks = {"student": self.strategy.student}  # the teacher has not begun
+        scores: dict[str, Metrics] = {}
+        if dist.is_main():
+            for name, network in networks.items():
+                scores[name] = evaluate(network, self.data.val, self.data.names, how)
+            self._record(scores, log)
+        dist.barrier()
+
+    def _record(self, scores: dict[str, Metrics], log: Logger) -> None:
+        figures = {f"val/{n}/{k}": v for n, m in scores.items() for k, v in m.figures.items()}
+        log.row(self.step, figures)
+        self.history.append(
+            {"step": self.step} | {n: {**m.figures, "per_class": m.per_class} for n, m in scores.items()}
+        )
+        log.say(
+            f"step {self.step}: "
+            + ", ".join(f"{n} AP {m.figures['AP']:.4f} AP50 {m.figures['AP50']:.4f}" for n, m in scores.items())
+        )
+        use = max(scores, key=lambda n: scores[n].ap)
+        self._since_best += 1
+        if scores[use].ap > self.best["AP"]:
+            self.best = {"AP": scores[use].ap, "step": self.step, "use": use}
+            self._since_best = 0
+            self._save("best.pt")
+
+    def _save(self, name: str) -> None:
+        """best.pt holds the networks; any other name also holds all that resuming needs."""
+        if not dist.is_main():
+            return
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "spec": self.strategy.student.spec,
+            "names": self.data.names,
+            "imgsz": self.config.imgsz,
+            "use": self.best["use"],
+            "metrics": {"best": self.best, "step": self.step, "seed": self.config.seed, "ssod": __version__},
+            "networks": {n: m.state_dict() for n, m in self.strategy.networks().items()},
+        }
+        if name != "best.pt":
+            content["train"] = {
+                "step": self.step,
+                "config": self.config.model_dump(),
+                "strategy": self.strategy.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "best": self.best,
+                "since_best": self._since_best,
+                "history": self.history,
+                "bad": self.bad,
+            }
+        weights = self.folder / "weights"
+        save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
+
+    def _restore(self, train: dict[str, Any]) -> None:
+        if train["step"] >= self.plan.iters:
+            raise UserError(
+                f"{self.folder} is finished ({train['step']} of {self.plan.iters} steps). "
+                f"To go on, give a larger iters= or epochs=."
+            )
+        self.strategy.load_state_dict(train["strategy"])
+        self.optimizer.load_state_dict(train["optimizer"])
+        self.scaler.load_state_dict(train["scaler"])
+        torch.set_rng_state(train["rng"])
+        if train["rng_cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(train["rng_cuda"])
+        self.step, self.best, self._since_best = train["step"], train["best"], train["since_best"]
+        self.history, self.bad = train["history"], train["bad"]
+
+    def _headline(self) -> str:
+        c, plan = self.config, self.plan
+        text = f"{plan.iters} steps of {c.batch} labelled"
+        if self.data.unlabeled:
+            text += f" + {c.unlabeled_per_step} unlabelled images, {plan.burn_in} of them supervised first"
+        precision = str(self.dtype).removeprefix("torch.") if self.dtype else "float32"
+        return f"{text}; {c.strategy.name}, {precision} on {self.device}, into {self.folder}"
+
+    def _finish(self, log: Logger) -> dict[str, Any]:
+        """metrics.json, plots and drawn predictions."""
+        at_burn_in = next((h for h in self.history if h["step"] == self.plan.burn_in), None)
+        final = self.history[-1] if self.history else {}
+        summary = {
+            "folder": str(self.folder),
+            "burn_in": at_burn_in["student"] if at_burn_in and self.strategy.uses_unlabeled else None,
+            "final": {k: v for k, v in final.items() if k != "step"},
+            "best": self.best,
+            "steps": self.step,
+            "labeled": len(self.data.labeled),
+            "unlabeled": len(self.data.unlabeled),
+            "val": len(self.data.val),
+            "unreadable": self.bad,
+            "history": self.history,
+        }
+        if dist.is_main():
+            (self.folder / "metrics.json").write_text(json.dumps(_no_nan(summary), indent=1), encoding="utf-8")
+            if self.config.plots:
+                from ssod.report.plots import plot_run  # matplotlib takes a second to load
+
+                plot_run(self.folder, log.table, self.plan.burn_in if self.strategy.uses_unlabeled else None)
+                self._draw_val()
+        dist.close()
+        return summary
+
+    def _draw_val(self) -> None:
+        from ssod.report.plots import draw_predictions
+
+        draw_predictions(self.folder / "predictions.png", self.folder / "weights" / "best.pt", self.data.val[:12])
+
+
+def _folder_and_state(config: TrainConfig) -> tuple[Any, dict[str, Any] | None, TrainConfig]:
+    """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
+    and on another device."""
+    if not config.resume:
+        return None, None, config
+    folder = last_run(config.project, config.name) if config.resume is True else resume_folder(str(config.resume))
+    lock_run(folder)
+    content, said = load_last_good(folder / "weights")
+    if said:
+        print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
+    values = dict(content["train"]["config"])
+    given = config.model_fields_set
+    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience"}:
+        values[key] = getattr(config, key)
+    if given & {"iters", "epochs"}:
+        values |= {"iters": config.iters, "epochs": config.epochs}
+    ignored = sorted(
+        k
+        for k in given - {"resume", "project", "name", "exist_ok"}
+        if _plain(getattr(config, k)) != _plain(values.get(k))
+    )
+    if ignored:
+        raise UserError(
+            f"a resumed run keeps its own {', '.join(ignored)} ({folder / 'args.yaml'}). "
+            "Leave these out, or start a new run with weights=."
+        )
+    return folder, content["train"], validate(TrainConfig, values, "")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+class _signals:
+    """SIGTERM and SIGINT end the run at the next step boundary, with everything saved; a second one ends it at once."""
+
+    def __init__(self, trainer: SemiTrainer) -> None:
+        self.trainer = trainer
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not in the main thread: the caller's business
+                return
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.trainer._asked is not None:
+            raise KeyboardInterrupt
+        self.trainer._asked = number
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def _no_nan(value: Any) -> Any:
+    """JSON has no NaN: a figure that does not exist becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

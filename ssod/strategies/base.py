@@ -1,0 +1,100 @@
+"""The strategy: the training method as an `nn.Module` that owns student, teacher and extra heads.
+
+The trainer calls the module itself (so that gradients synchronise across ranks) and, after the optimizer's
+step, `after_step`. This base is the supervised control; its hooks are what other strategies override.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ssod.detectors.base import Detector
+from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
+from ssod.structures import SemiBatch
+
+
+class StrategyOptions(BaseModel):
+    """Options of one strategy (`strategy.NAME=VALUE`); each strategy file owns a subclass."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Length of the run in steps, of its supervised start, and the teacher's decay per step."""
+
+    iters: int
+    burn_in: int
+    ema_decay: float
+
+
+@dataclass
+class StepOutput:
+    """losses: named scalars whose sum is minimised; stats: numbers worth a column in the log."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Strategy(nn.Module):
+    """Base of all strategies. `needs` lists the capabilities (protocols) a detector must have."""
+
+    Options: type[StrategyOptions] = StrategyOptions
+    needs: tuple[type[Any], ...] = ()
+    uses_unlabeled = True
+    teacher: Detector | None
+
+    def __init__(self, student: Detector, options: StrategyOptions, plan: Plan, with_teacher: bool) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = frozen_copy(student) if with_teacher else None
+        self.options = options
+        self.plan = plan
+        self._ema: Ema | None = None
+
+    def forward(self, batch: SemiBatch, step: int) -> StepOutput:
+        out = StepOutput({f"sup/{k}": v for k, v in self.supervised(batch).items()})
+        if batch.strong is not None:
+            extra = self.unsupervised(batch, step)
+            out.losses.update({f"unsup/{k}": v for k, v in extra.losses.items()})
+            out.stats.update(extra.stats)
+        return out
+
+    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+        view = batch.labeled
+        return self.student.loss(self.student.head(self.student.features(view.images, view.sizes)), view.targets)
+
+    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+        """Losses of the unlabelled images, already weighted."""
+        return StepOutput()
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step, `step` counting from 0."""
+        if self.teacher is None:
+            return
+        if self._ema is None:
+            self._ema = Ema(self.teacher, self.student)
+        if step < self.plan.burn_in:
+            if step == self.plan.burn_in - 1:
+                self._ema.copy()
+        else:
+            self._ema.update(ema_decay_at(step, self.plan.ema_decay))
+
+    def train(self, mode: bool = True) -> Strategy:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()  # its batch norm follows the student's statistics, never its own batches
+        return self
+
+    def extra_heads(self) -> Mapping[str, nn.Module]:
+        """Heads used in training only: saved in checkpoints, absent from exports."""
+        return {}
+
+    def networks(self) -> dict[str, Detector]:
+        """What can be evaluated and deployed, by name."""
+        return {"student": self.student} | ({"teacher": self.teacher} if self.teacher is not None else {})
