@@ -187,7 +187,7 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> LoadReport:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"Weights file {path} does not exist.")
-    content: dict[str, Any]
+    content: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -197,7 +197,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors, all of which mean the same to the user
         raise UserError(f"Weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
-    content = next((content[k] for k in ("state_dict", "model") if isinstance(content.get(k), dict)), content)
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}
 
 
