@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import parcel, round_up, stack, targets_in
-from ssod.data.geometry import fitted, from_hwc, resize
-from ssod.data.image import ImageError, read_image
+from ssod.data.geometry import fitted, resize
+from ssod.data.image import ImageError
 from ssod.data.loader import Bad, as_is, named_failures, worker_options
 from ssod.data.operations import Frame
+from ssod.data.reader import read_frame
 from ssod.data.samples import Sample
 from ssod.structures import View
 
@@ -81,11 +81,11 @@ class _EvalDataset(Dataset[tuple[list[View], Bad]]):
         bad: Bad = []
         for index in self.plan[item]:
             try:
-                image = from_hwc(read_image(self.samples[index].path))
+                frame = read_frame(self.samples[index].path)
             except ImageError as error:
                 bad.append((str(error.path), error.reason))
                 continue
-            read.append((index, Frame(image, np.eye(3)).moved(*resize(image, self.imgsz))))
+            read.append((index, frame.moved(*resize(frame.image, self.imgsz))))
         groups = groupby(sorted(read, key=self._padded), key=self._padded)
         return [parcel(self._view(list(group))) for _, group in groups], bad
 

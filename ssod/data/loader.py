@@ -65,7 +65,7 @@ class ViewMaker:
         return generator(self.stream.seed, self.number, epoch, index, view)
 
 
-class StepDataset(Dataset[SemiBatch]):
+class StepDataset(Dataset[SemiBatch | UserError]):
     """Item t is the SemiBatch of step t. See `build_loader` for the parts."""
 
     def __init__(
@@ -82,7 +82,13 @@ class StepDataset(Dataset[SemiBatch]):
         self.unlabeled, self.strong = unlabeled, strong
         self.pad_to, self.square = pad_to, square
 
-    def __getitem__(self, step: int) -> SemiBatch:
+    def __getitem__(self, step: int) -> SemiBatch | UserError:
+        try:
+            return self._batch(step)
+        except UserError as error:
+            return error  # as an item: raised in a worker, it would reach the user as a traceback
+
+    def _batch(self, step: int) -> SemiBatch:
         bad: Bad = []
         labeled = self._labeled(step, bad)
         if self.unlabeled is None:
@@ -110,17 +116,20 @@ class StepDataset(Dataset[SemiBatch]):
         return weak, strong
 
 
-class StepLoader(DataLoader[SemiBatch]):
+class StepLoader(DataLoader[SemiBatch | UserError]):
     """A DataLoader over steps that names its own failures."""
 
     def __iter__(self) -> Iterator[SemiBatch]:  # type: ignore[override]
         return named_failures(super().__iter__(), self.timeout)
 
 
-def named_failures(batches: Iterator[T], timeout: float) -> Iterator[T]:
-    """The same batches; a dead or hung worker becomes a LoaderError that says what to try."""
+def named_failures(batches: Iterator[T | UserError], timeout: float) -> Iterator[T]:
+    """The same batches; an item that is an error is raised, a dead or hung worker becomes a LoaderError."""
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
             raise LoaderError(

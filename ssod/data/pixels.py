@@ -13,14 +13,14 @@ from torch import Tensor
 from ssod.data.geometry import cv2, from_hwc, to_hwc
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision use it
-RGB_TO_YIQ = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
 # Colour: a chain of brightness, contrast, saturation, hue and grayscale is one affine map of RGB. Each function
 # below returns its [3, 4] matrix (3x3 and an offset); `then` composes them; `recolour` touches the pixels once.
-# Two approximations against the usual chain: values are clipped at the end only, and hue turns the chroma plane
-# of YIQ, which keeps luma where HSV keeps the largest channel.
+# Two approximations against the usual chain: values are clipped at the end only, and hue turns RGB space about
+# its gray axis. That keeps the mean of R, G and B where HSV keeps the largest of them; both agree at thirds of
+# the circle. On photographs it is nearer to HSV than a rotation in YIQ: 0.65-0.75 against 1.0-1.2 of the mean
+# change that a turn of 0.1 makes.
 
 
 def brightness(factor: float) -> np.ndarray:
@@ -40,10 +40,10 @@ def saturation(factor: float) -> np.ndarray:
 
 def hue(turn: float) -> np.ndarray:
     """Turn the colours by a share of the full circle, -0.5 .. 0.5; positive goes red -> green -> blue."""
-    angle = -2 * np.pi * turn
-    c, s = np.cos(angle), np.sin(angle)
-    rotation = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    return np.hstack((YIQ_TO_RGB @ rotation @ RGB_TO_YIQ, np.zeros((3, 1))))
+    angle = 2 * np.pi * turn
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # cross product with the gray axis
+    rotation = np.cos(angle) * np.eye(3) + np.sin(angle) * across + (1 - np.cos(angle)) / 3
+    return np.hstack((rotation, np.zeros((3, 1))))
 
 
 def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:

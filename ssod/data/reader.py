@@ -17,6 +17,12 @@ from ssod.data.samples import Sample
 from ssod.errors import UserError
 
 
+def read_frame(path: Path) -> Frame:
+    """A decoded image before any operation. Raises ImageError."""
+    writable = np.require(read_image(path), requirements="W")  # a decoder's own buffer may be read-only
+    return Frame(from_hwc(writable), np.eye(3))
+
+
 class Reader:
     """Item i is the Frame of the i-th image, shrunk to a long side of at most `limit` pixels.
 
@@ -36,10 +42,9 @@ class Reader:
         cached = self.cache.get(index) if self.cache else None
         if cached is not None:
             return cached
-        image = from_hwc(read_image(self.paths[index]))
-        frame = Frame(image, np.eye(3))
-        if max(image.shape[1:]) > self.limit:
-            frame = frame.moved(*resize(image, self.limit))
+        frame = read_frame(self.paths[index])
+        if max(frame.image.shape[1:]) > self.limit:
+            frame = frame.moved(*resize(frame.image, self.limit))
         if self.cache:
             self.cache.put(index, frame)
         return frame
