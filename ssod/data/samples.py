@@ -169,7 +169,7 @@ class Inspector:
         width, height = size
         # As float32 at once: two sides that differ in float64 may coincide afterwards.
         clipped = np.clip(raw, 0, np.array([width, height, width, height])).astype(np.float32)
-        finite = np.isfinite(raw.sum(axis=1))  # a NaN or an infinity anywhere in a row shows in its sum
+        finite = np.abs(raw).max(axis=1, initial=0) < np.inf  # false for NaN, too
         ordered = (raw[:, 2] > raw[:, 0]) & (raw[:, 3] > raw[:, 1])
         remains = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
         keep = finite & ordered & remains

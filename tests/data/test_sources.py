@@ -1,0 +1,654 @@
+"""Readers: the same boxes from every format, every flaw counted, every unusable file refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_sets import CocoFolder, VocFolder, YoloFolder, picture
+
+from ssod.data import samples as kinds
+from ssod.data.samples import Inspector, class_counts, count_problems
+from ssod.data.sources import load_data, read_data_yaml
+from ssod.errors import UserError
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# ----------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "boxes", "dropped"),
+    [
+        ("bccd", {"train": 205, "val": 87, "test": 72}, 4886, 2),
+        ("aquarium", {"train": 448, "val": 127, "test": 63}, 4815, 2),
+        ("garbage", {"train": 1600, "val": 400}, 5776, 0),
+    ],
+)
+def test_real_sets(real_data, name: str, splits: dict[str, int], boxes: int, dropped: int) -> None:
+    yaml, folder = real_data(name)
+    sets = {split: load_data(yaml, split, path=folder) for split in splits}
+    assert {split: len(data) for split, data in sets.items()} == splits
+    everything = [s for data in sets.values() for s in data.samples]
+    assert sum(len(s.boxes) for s in everything) == boxes
+    problems = [p for data in sets.values() for p in data.problems]
+    assert count_problems(problems) == ({kinds.BOX_DROPPED: dropped} if dropped else {})
+    for sample in everything:
+        x1, y1, x2, y2 = sample.boxes.T
+        assert ((x1 >= 0) & (x1 < x2) & (x2 <= sample.width)).all()
+        assert ((y1 >= 0) & (y1 < y2) & (y2 <= sample.height)).all()
+    if name == "bccd":
+        counts = sum(class_counts(data.samples, 3) for data in sets.values())
+        assert counts.tolist() == [4153, 372, 361]  # 4155 RBC but for the two without area
+    if name == "aquarium":
+        assert [s.path.stem for s in everything if not len(s.boxes)] == ["IMG_3133_jpeg_jpg"]
+    if dropped:
+        split = problems[0].path.rsplit("/", 2)[1] if name == "aquarium" else "train"
+        with pytest.raises(UserError, match="has no area"):
+            load_data(yaml, split, path=folder, strict=True)
+
+
+def test_coco(coco_folder: CocoFolder) -> None:
+    before = contents(coco_folder.root)
+    data = load_data(coco_folder.write(), "train")
+    assert data.format == "COCO"
+    assert data.names == ["carp", "pike"]  # by category id, gaps closed
+    assert [(s.image_id, s.path.name) for s in data.samples] == [(3, "a.png"), (7, "b.png")]
+    assert data.samples[0].boxes.tolist() == [[5, 5, 15.5, 15]]
+    assert [s.labels.tolist() for s in data.samples] == [[0], [1]]
+    assert data.samples[1].areas is not None
+    assert data.samples[1].areas.tolist() == [150]
+    assert (data.problems, "2 images, 2 boxes of 2 classes" in data.summary()) == ([], True)
+    after = contents(coco_folder.root)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("line", ["train: .", "train: images/train", "train: annotations/instances_train.json"])
+def test_coco_is_found_by_looking(coco_folder: CocoFolder, line: str) -> None:
+    coco_folder.lines = [line]
+    data = load_data(coco_folder.write(), "train")
+    assert (data.format, len(data)) == ("COCO", 2)
+
+
+def test_voc_counts_pixels_from_one(voc_folder: VocFolder) -> None:
+    voc_folder.xml("a", [("carp", 1, 1, 40, 30, 0), ("pike", 11, 6, 20, 15, 1)])
+    data = load_data(voc_folder.yaml, "train")
+    assert (data.format, data.names) == ("VOC", ["carp", "pike"])
+    a = data.samples[0]
+    assert (a.path.name, a.image_id) == ("a.png", 1)
+    assert a.boxes.tolist() == [[0, 0, 40, 30], [10, 5, 20, 15]]  # the whole image, and 10 x 10 pixels
+    assert a.crowd.tolist() == [False, True]
+    assert data.problems == []
+
+
+def test_voc_that_counts_from_zero_loses_no_box(voc_folder: VocFolder) -> None:
+    voc_folder.xml("a", [("carp", 0, 0, 39, 29, 0)])
+    data = load_data(voc_folder.yaml, "train")
+    assert (data.samples[0].boxes.tolist(), data.problems) == ([[0, 0, 39, 29]], [])
+
+
+@pytest.mark.parametrize("value", ["ImageSets/Main/train.txt", "train", "."])
+def test_voc_is_found_by_looking(voc_folder: VocFolder, value: str) -> None:
+    voc_folder.yaml.write_text(f"train: {value}\n")
+    assert load_data(voc_folder.yaml, "train").format == "VOC"
+
+
+def test_yolo(yolo_folder: YoloFolder) -> None:
+    yolo_folder.label("b", "1 0.5 0.5 0.5 0.2\n\n0 0.1 0.1 0.3 0.1 0.2 0.4\n")  # the second is a polygon
+    data = load_data(yolo_folder.yaml, "train")
+    assert (data.format, [s.path.stem for s in data.samples]) == ("YOLO", ["a", "b", "c"])
+    assert np.allclose(data.samples[1].boxes, [[10, 12, 30, 18], [4, 3, 12, 12]], atol=1e-4)
+    assert data.samples[1].labels.tolist() == [1, 0]
+
+
+def test_yolo_with_the_folders_the_other_way_round(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "images" / "a.jpg")
+    (tmp_path / "train" / "labels").mkdir()
+    (tmp_path / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "data.yaml").write_text("train: train/images\nnames: {0: carp}\nnc: 1\n")
+    assert len(load_data(tmp_path / "data.yaml", "train").samples[0].boxes) == 1
+
+
+def test_background_images(yolo_folder: YoloFolder) -> None:
+    (yolo_folder.root / "labels" / "train" / "a.txt").unlink()
+    yolo_folder.label("b", "")
+    data = load_data(yolo_folder.yaml, "train", strict=True)  # both are legitimate
+    assert [len(s.boxes) for s in data.samples] == [0, 0, 1]
+    assert all(s.labeled for s in data.samples)
+    assert count_problems(data.problems) == {kinds.NO_LABEL_FILE: 1}
+
+
+def test_exif_frame(coco_folder: CocoFolder) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(coco_folder.root / "images" / "train" / "a.jpg", exif=exif)
+    coco_folder.content["images"][1]["file_name"] = "a.jpg"
+    data = load_data(coco_folder.write(), "train")
+    assert (data.samples[0].width, data.samples[0].height) == (30, 40)
+    assert count_problems(data.problems) == {kinds.SIZE_DIFFERS: 1}
+    assert "annotated as 40x30, but upright it is 30x40" in str(data.problems[0])
+
+
+# ----------------------------------------------------------------- unlabelled
+
+
+def test_labels_of_unlabelled_images_are_not_read(
+    yolo_folder: YoloFolder, voc_folder: VocFolder, coco_folder: CocoFolder
+) -> None:
+    yolo_folder.label("a", "not a number")
+    yolo_folder.yaml.write_text("unlabeled: images/train\n")
+    (voc_folder.root / "Annotations" / "a.xml").write_text("broken")
+    voc_folder.yaml.write_text("unlabeled: ImageSets/Main/train.txt\n")
+    coco_folder.content["annotations"] = ["broken"]
+    coco_folder.lines = ["unlabeled: annotations/instances_train.json"]
+    coco_folder.write()
+    for folder, n in ((yolo_folder, 3), (voc_folder, 2), (coco_folder, 2)):
+        data = load_data(folder.yaml, "unlabeled")
+        assert len(data) == n
+        assert not any(s.labeled or len(s.boxes) for s in data.samples)
+        assert "no labels used" in data.summary()
+
+
+def test_plain_folder(tmp_path: Path) -> None:
+    for name in ("b.JPG", "sub/a.png", "._b.JPG", ".trash/c.png"):
+        picture(tmp_path / "pool" / name)
+    (tmp_path / "pool" / "notes.txt").write_text("x")
+    (tmp_path / "pool" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "data.yaml").write_text("unlabeled: pool\n")
+    data = load_data(tmp_path / "data.yaml", "unlabeled")
+    assert [s.path.name for s in data.samples] == ["b.JPG", "a.png"]
+    assert count_problems(data.problems) == {kinds.IMAGE_UNREADABLE: 1}
+
+
+# ----------------------------------------------------------------- fault 6: bad boxes
+
+BAD_BOXES = {
+    "nan": ([float("nan"), 1, 5, 5], "is not finite"),
+    "infinite": ([1, 1, float("inf"), 5], "is not finite"),
+    "no width": ([1, 1, 0, 5], "has no area"),
+    "negative": ([10, 10, -5, 5], "has no area"),
+    "outside": ([100, 100, 5, 5], "lies outside"),
+    "touching": ([40, 0, 5, 5], "lies outside"),
+    "too thin for float32": ([30, 1, 1e-9, 5], "lies outside"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOXES)
+def test_bad_box_is_dropped_and_counted(coco_folder: CocoFolder, case: str) -> None:
+    box, reason = BAD_BOXES[case]
+    coco_folder.content["annotations"].append({"id": 3, "image_id": 3, "category_id": 5, "bbox": box})
+    data = load_data(coco_folder.write(), "train")
+    assert [len(s.boxes) for s in data.samples] == [1, 1]
+    assert count_problems(data.problems) == {kinds.BOX_DROPPED: 1}
+    problem = data.problems[0]
+    assert (problem.path, problem.record) == (str(coco_folder.json), "annotations[2]")
+    assert reason in problem.reason
+    with pytest.raises(UserError, match=r"annotations\[2\].*strict"):
+        load_data(coco_folder.yaml, "train", strict=True)
+
+
+def test_box_that_reaches_outside_is_clipped_and_counted(yolo_folder: YoloFolder) -> None:
+    label = yolo_folder.label("a", "0 0.1 0.5 0.5 0.5\n1 0.5 0.5 1.0000001 1")
+    data = load_data(yolo_folder.yaml, "train")
+    assert np.allclose(data.samples[0].boxes, [[0, 7.5, 14, 22.5], [0, 0, 40, 30]])
+    assert count_problems(data.problems) == {kinds.BOX_CLIPPED: 1}  # the other's overhang is rounding
+    assert (data.problems[0].path, data.problems[0].record) == (str(label), "line 1")
+    with pytest.raises(UserError, match="reaches outside"):
+        load_data(yolo_folder.yaml, "train", strict=True)
+
+
+coordinate = st.one_of(st.floats(width=32), st.floats(-60, 60), st.integers(-5, 45).map(float))
+
+
+@given(st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=8))
+def test_every_box_is_kept_sound_or_reported(boxes: list[tuple[float, float, float, float]]) -> None:
+    inspector = Inspector()
+    kept, indices = inspector.clean(boxes, (40, 30), "file", [str(i) for i in range(len(boxes))])
+    assert kept.dtype == np.float32
+    assert (kept[:, :2] >= 0).all()
+    assert (kept[:, :2] < kept[:, 2:]).all()
+    assert (kept[:, 2:] <= [40, 30]).all()
+    dropped = [int(p.record) for p in inspector.problems if p.kind == kinds.BOX_DROPPED]
+    assert sorted([*indices.tolist(), *dropped]) == list(range(len(boxes)))
+
+
+# ----------------------------------------------------------------- fault 5: corrupt annotation files
+
+
+def refusal(yaml: Path, split: str = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        load_data(yaml, split)
+    message = str(caught.value)
+    assert "\n" not in message, "one sentence on one line"
+    return message
+
+
+def test_corrupt_json(coco_folder: CocoFolder) -> None:
+    coco_folder.write()
+    text = coco_folder.json.read_text()
+    coco_folder.json.write_text(text[: len(text) // 2])
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(coco_folder.json.read_text())
+    message = refusal(coco_folder.yaml)
+    assert str(coco_folder.json) in message
+    assert "line 1, column" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "change", "expected"),
+    [
+        ("annotations", 1, {"bbox": [1, 2, 3]}, ["annotations[1]", "bbox"]),
+        ("annotations", 1, {"bbox": [1, 2, "3", 4]}, ["annotations[1]", "bbox"]),
+        ("annotations", 1, {"bbox": None}, ["annotations[1]", "bbox"]),
+        ("annotations", 0, {"image_id": "7"}, ["annotations[0]", "image_id"]),
+        ("images", 1, {"id": None}, ["images[1]", "'id'"]),
+        ("images", 1, {"file_name": 5}, ["images[1]", "file name"]),
+        ("categories", 1, {"name": ""}, ["categories[1]", "name"]),
+        ("categories", 1, {"id": 90}, ["categories[1]", "90"]),
+    ],
+)
+def test_corrupt_coco_record(
+    coco_folder: CocoFolder, key: str, index: int, change: dict[str, object], expected: list[str]
+) -> None:
+    coco_folder.content[key][index] |= change
+    message = refusal(coco_folder.write())
+    assert str(coco_folder.json) in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "{}", '{"images": {}}', '{"images": [1]}', "[" * 100_000])
+def test_json_that_is_not_coco(coco_folder: CocoFolder, content: str) -> None:
+    coco_folder.write()
+    coco_folder.json.write_text(content)
+    assert str(coco_folder.json) in refusal(coco_folder.yaml)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<annotation><object>", "not valid XML"),
+        ("", "not valid XML"),
+        ("<html/>", "starts with <annotation>"),
+        ("<annotation><object><name>carp</name></object></annotation>", "<bndbox> is missing"),
+        ("<annotation><object><bndbox/></object></annotation>", "<name> is missing"),
+        (
+            "<annotation><object><name>carp</name><bndbox><xmin>a</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax>"
+            "</bndbox></object></annotation>",
+            "<xmin> must be a number, not 'a'",
+        ),
+    ],
+)
+def test_corrupt_xml(voc_folder: VocFolder, text: str, expected: str) -> None:
+    voc_folder.yaml.write_text("train: train\nnames: [carp, pike]\n")
+    file = voc_folder.root / "Annotations" / "a.xml"
+    file.write_text(text)
+    message = refusal(voc_folder.yaml)
+    assert str(file) in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_xml_entities_are_not_expanded(voc_folder: VocFolder, encoding: str) -> None:
+    secret = voc_folder.root / "secret.txt"
+    secret.write_text("carp")
+    bomb = '<!ENTITY a "carp"><!ENTITY b "&a;&a;">' + f'<!ENTITY c SYSTEM "{secret.as_uri()}">'
+    file = voc_folder.xml("a", [("&a;", 1, 1, 5, 5, 0)], head=f"<!DOCTYPE annotation [{bomb}]>")
+    file.write_bytes(f'<?xml version="1.0" encoding="{encoding}"?>{file.read_text()}'.encode(encoding))
+    import xml.etree.ElementTree as ET
+
+    assert ET.parse(file).findtext("object/name") == "carp", "the fault is not there: the entity is not expanded"
+    assert "document type declaration" in refusal(voc_folder.yaml)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("0 0.5 0.5 0.5", "4 numbers"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "6 numbers"),
+        ("carp 0.5 0.5 0.5 0.5", "numbers are expected"),
+        ("0.5 0.5 0.5 0.5 0.5", "integer"),
+    ],
+)
+def test_corrupt_yolo_line(yolo_folder: YoloFolder, line: str, expected: str) -> None:
+    label = yolo_folder.label("b", f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    message = refusal(yolo_folder.yaml)
+    assert f"{label}, line 2" in message
+    assert expected in message
+
+
+def test_yolo_label_that_is_not_text(yolo_folder: YoloFolder) -> None:
+    label = yolo_folder.label("b", "")
+    label.write_bytes(b"\xff\xfe\x00\x80")
+    assert str(label) in refusal(yolo_folder.yaml)
+
+
+# ----------------------------------------------------------------- fault 7: unknown classes
+
+
+@pytest.mark.parametrize("class_id", [2, -1, 90])
+def test_yolo_class_out_of_range(yolo_folder: YoloFolder, class_id: int) -> None:
+    yolo_folder.label("b", f"{class_id} 0.5 0.5 0.5 0.5")
+    message = refusal(yolo_folder.yaml)
+    assert f"unknown class {class_id}" in message
+    assert "0 carp, 1 pike" in message
+
+
+def test_coco_unknown_category(coco_folder: CocoFolder) -> None:
+    coco_folder.content["annotations"][1]["category_id"] = 6
+    message = refusal(coco_folder.write())
+    assert "annotations[1]" in message
+    assert "category_id 6 is not among the categories of this file (5, 90)" in message
+
+
+def test_voc_unknown_class(voc_folder: VocFolder) -> None:
+    voc_folder.yaml.write_text("train: train\nnames: [carp, pikes]\n")
+    message = refusal(voc_folder.yaml)
+    assert "unknown class 'pike'" in message
+    assert "carp, pikes" in message
+    assert "Did you mean 'pikes'?" in message
+
+
+@pytest.mark.parametrize("names", ["[pike, carp]", "[carp]", "[carp, pike, eel]"])
+def test_class_lists_that_differ(coco_folder: CocoFolder, names: str) -> None:
+    coco_folder.lines.append(f"names: {names}")
+    message = refusal(coco_folder.write())
+    assert str(names.strip("[]").split(", ")) in message
+    assert "['carp', 'pike']" in message
+
+
+def test_val_must_have_the_classes_of_train(coco_folder: CocoFolder) -> None:
+    coco_folder.lines.append("val: annotations/instances_val.json")
+    coco_folder.write()
+    shutil.copytree(coco_folder.root / "images" / "train", coco_folder.root / "images" / "val")
+    other = coco_folder.content | {"categories": [{"id": 5, "name": "pike"}, {"id": 90, "name": "carp"}]}
+    (coco_folder.root / "annotations" / "instances_val.json").write_text(json.dumps(other))
+    assert "class lists differ" in refusal(coco_folder.yaml, "val")
+
+
+def test_yolo_needs_names(yolo_folder: YoloFolder) -> None:
+    yolo_folder.yaml.write_text("train: images/train\n")
+    assert "'names'" in refusal(yolo_folder.yaml)
+
+
+# ----------------------------------------------------------------- fault 8: duplicate ids
+
+
+def test_duplicate_image_id_is_refused(coco_folder: CocoFolder) -> None:
+    coco_folder.content["images"][1]["id"] = 7
+    message = refusal(coco_folder.write())
+    assert "image id 7" in message
+    assert "'b.png'" in message
+    assert "'a.png'" in message
+
+
+@pytest.mark.parametrize(("ids", "count"), [((0, 1), 1), ((4, 4), 2), ((0, 0), 2)])
+def test_annotation_ids_that_would_spoil_the_score(coco_folder: CocoFolder, ids: tuple[int, int], count: int) -> None:
+    for annotation, id_ in zip(coco_folder.content["annotations"], ids, strict=True):
+        annotation["id"] = id_
+    data = load_data(coco_folder.write(), "train")
+    assert [len(s.boxes) for s in data.samples] == [1, 1], "no box is lost"
+    assert count_problems(data.problems) == {kinds.ANNOTATION_ID: count}
+    with pytest.raises(UserError, match="annotation id"):
+        load_data(coco_folder.yaml, "train", strict=True)
+
+
+def test_annotation_id_zero_is_a_fault_of_pycocotools(coco_folder: CocoFolder) -> None:
+    """What the report guards against: perfect detections that score below 1 because of an id."""
+    coco = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+
+    scores = []
+    for first in (1, 0):
+        coco_folder.content["annotations"][0]["id"] = first
+        coco_folder.write()
+        truth = coco.COCO(str(coco_folder.json))
+        perfect = [
+            {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+            for a in coco_folder.content["annotations"]
+        ]
+        evaluation = COCOeval(truth, truth.loadRes(perfect), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        scores.append(evaluation.stats[0])
+    assert scores[0] == pytest.approx(1)
+    assert scores[1] < 0.6
+
+
+def test_annotation_of_no_image_and_image_listed_twice(coco_folder: CocoFolder) -> None:
+    coco_folder.content["annotations"].append({"id": 3, "image_id": 99, "category_id": 5, "bbox": [1, 1, 2, 2]})
+    coco_folder.content["images"].append({"id": 8, "file_name": "a.png"})
+    data = load_data(coco_folder.write(), "train")
+    assert count_problems(data.problems) == {kinds.ANNOTATION_ORPHAN: 1, kinds.IMAGE_TWICE: 1}
+
+
+# ----------------------------------------------------------------- missing and unreadable images
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_missing_image(coco_folder: CocoFolder, voc_folder: VocFolder, strict: bool) -> None:
+    coco_folder.write()
+    (coco_folder.root / "images" / "train" / "a.png").unlink()
+    voc_folder.list.write_text("a\nb\ngone\n")
+    for folder, n in ((coco_folder, 1), (voc_folder, 2)):
+        if strict:
+            with pytest.raises(UserError, match="strict"):
+                load_data(folder.yaml, "train", strict=True)
+        else:
+            data = load_data(folder.yaml, "train")
+            assert len(data) == n
+            assert count_problems(data.problems) == {kinds.IMAGE_MISSING: 1}
+
+
+def test_image_with_a_broken_header(yolo_folder: YoloFolder) -> None:
+    spoilt = yolo_folder.root / "images" / "train" / "b.png"
+    spoilt.write_bytes(b"")
+    data = load_data(yolo_folder.yaml, "train")
+    assert [(s.image_id, s.path.stem) for s in data.samples] == [(1, "a"), (3, "c")]
+    assert [str(p) for p in data.problems] == [f"{spoilt}: the file is empty"]
+    assert spoilt.read_bytes() == b""
+
+
+def test_missing_xml_leaves_the_image_out(voc_folder: VocFolder) -> None:
+    (voc_folder.root / "Annotations" / "a.xml").unlink()
+    data = load_data(voc_folder.yaml, "train")
+    assert [s.path.stem for s in data.samples] == ["b"]
+    assert count_problems(data.problems) == {kinds.ANNOTATION_MISSING: 1}
+
+
+def test_label_without_image(yolo_folder: YoloFolder) -> None:
+    yolo_folder.label("gone", "0 0.5 0.5 0.5 0.5")
+    yolo_folder.label("classes", "carp\npike")
+    assert count_problems(load_data(yolo_folder.yaml, "train").problems) == {kinds.ANNOTATION_ORPHAN: 1}
+
+
+# ----------------------------------------------------------------- fault 9: empty splits
+
+
+def test_empty_folder(yolo_folder: YoloFolder) -> None:
+    (yolo_folder.root / "more").mkdir()
+    yolo_folder.yaml.write_text("train: images/train\nunlabeled: more\nnames: [carp, pike]\n")
+    message = refusal(yolo_folder.yaml, "unlabeled")
+    assert "no usable image" in message
+    assert "'unlabeled'" in message
+
+
+def test_images_without_a_single_box(yolo_folder: YoloFolder) -> None:
+    for name in "abc":
+        yolo_folder.label(name, "")
+    message = refusal(yolo_folder.yaml)
+    assert "3 images but not one box" in message
+    assert "'unlabeled'" in message
+
+
+def test_all_images_unreadable(yolo_folder: YoloFolder) -> None:
+    for name in "abc":
+        (yolo_folder.root / "images" / "train" / f"{name}.png").write_bytes(b"x")
+    message = refusal(yolo_folder.yaml)
+    assert "3 problems" in message
+    assert "not an image" in message
+
+
+def test_split_that_is_not_there(yolo_folder: YoloFolder) -> None:
+    assert "no 'val' in it; add the line 'val: PATH'" in refusal(yolo_folder.yaml, "val")
+    assert "Did you mean 'train'?" in refusal(yolo_folder.yaml, "trian")
+
+
+def test_folder_without_annotations(tmp_path: Path) -> None:
+    picture(tmp_path / "pics" / "a.png")
+    (tmp_path / "data.yaml").write_text("train: pics\nnames: [carp]\n")
+    assert "no annotations found" in refusal(tmp_path / "data.yaml")
+
+
+def test_two_formats_fit(coco_folder: CocoFolder) -> None:
+    (coco_folder.root / "labels" / "train").mkdir(parents=True)
+    coco_folder.lines = ["train: images/train"]
+    message = refusal(coco_folder.write())
+    assert "COCO" in message
+    assert "YOLO" in message
+
+
+# ----------------------------------------------------------------- fault 28 and the YAML
+
+
+def test_python_tags_are_refused(tmp_path: Path) -> None:
+    import yaml as pyyaml
+
+    file = tmp_path / "data.yaml"
+    trace = tmp_path / "ran"
+    file.write_text(f"train: x\nnames: !!python/object/apply:pathlib.Path.touch [!!python/name:x '{trace}']\n")
+    attack = f"!!python/object/apply:os.mkdir ['{trace}']\n"
+    pyyaml.unsafe_load(attack)
+    assert trace.is_dir(), "the fault is not there: the tag runs no code"
+    trace.rmdir()
+    file.write_text(f"train: {attack}")
+    message = refusal(file)
+    assert f"{file}, line 1: refused" in message
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: [a", "not valid YAML"),
+        ("- a\n- b", "not a list"),
+        ("", "not a NoneType"),
+        ("trian: x", "Did you mean 'train'?"),
+        ("download: https://example.org", "The keys are path, train"),
+        ("names: [a]", "no data in it"),
+        ("train: [a, b]\nnames: [a]", "must be one path"),
+        ("train: x\nnames: [a, a]", "more than once"),
+        ("train: x\nnames: [a, 1]", "quote"),
+        ("train: x\nnames: {0: a, 2: b}", "without a gap"),
+        ("train: x\nnames: [a]\nnc: 2", "'nc' is 2"),
+        ("path: 5\ntrain: x", "'path' must be a folder"),
+        ("path: gone\ntrain: x", "there is no folder"),
+        ("train: gone", "does not exist"),
+        ("train: 2024-99-99 12:00:00", "not valid YAML|does not exist"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, text: str, expected: str) -> None:
+    import re
+
+    file = tmp_path / "data.yaml"
+    file.write_text(text)
+    message = refusal(file)
+    assert str(file) in message
+    assert re.search(expected, message), message
+
+
+def test_missing_yaml(tmp_path: Path) -> None:
+    assert "Data YAML not found" in refusal(tmp_path / "gone.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\x00")
+    assert "cannot be read" in refusal(tmp_path / "binary.yaml")
+
+
+def test_path_is_relative_to_the_yaml_and_can_be_overridden(
+    yolo_folder: YoloFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = tmp_path / "cfg" / "data.yaml"
+    away.parent.mkdir()
+    away.write_text("path: ../yolo\ntrain: images/train\nnames: [carp, pike]\n")
+    assert load_data(away, "train").root == yolo_folder.root
+    away.write_text("path: gone\ntrain: images/train\nnames: [carp, pike]\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_data("cfg/data.yaml", "train", path="yolo")) == 3
+    assert read_data_yaml(away, yolo_folder.root).splits == {"train": "images/train"}
+
+
+# ----------------------------------------------------------------- fault 24: any name
+
+
+@pytest.mark.parametrize("name", ["with space", "рыба-魚-ö", "a'b#c%20[x]"])
+def test_any_folder_name(tmp_path: Path, name: str) -> None:
+    for make in (CocoFolder, YoloFolder, VocFolder):
+        folder = make(tmp_path / name / make.__name__)
+        plain = make(tmp_path / "plain" / make.__name__)
+        if isinstance(folder, CocoFolder):
+            folder.write()
+            plain.write()
+        odd, same = (load_data(f.yaml, "train") for f in (folder, plain))
+        assert [s.path.name for s in odd.samples] == [s.path.name for s in same.samples]
+        for a, b in zip(odd.samples, same.samples, strict=True):
+            assert (a.boxes == b.boxes).all()
+
+
+def test_any_file_name(coco_folder: CocoFolder, voc_folder: VocFolder) -> None:
+    name = "рыба 魚 [1].png"
+    picture(coco_folder.root / "images" / "train" / name)
+    coco_folder.content["images"][0]["file_name"] = name
+    assert load_data(coco_folder.write(), "train").samples[1].path.name == name
+    picture(voc_folder.root / "JPEGImages" / name)
+    voc_folder.xml(name[:-4], [("carp", 1, 1, 5, 5, 0)])
+    voc_folder.list.write_text(f"a\n{name[:-4]}\n", encoding="utf-8")
+    assert load_data(voc_folder.yaml, "train").samples[1].path.name == name
+
+
+# ----------------------------------------------------------------- fault 29: names that lead out
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "x/../../../outside.png", "/etc/outside.png", "C:\\a.png", "..\\a"])
+def test_names_that_lead_out(coco_folder: CocoFolder, voc_folder: VocFolder, name: str) -> None:
+    picture(coco_folder.root / "images" / "outside.png")
+    coco_folder.content["images"][1]["file_name"] = name
+    voc_folder.list.write_text(f"a\n{name}\n")
+    for yaml in (coco_folder.write(), voc_folder.yaml):
+        message = refusal(yaml)
+        assert "leads out of the data folder" in message
+        assert repr(name) in message
+
+
+def test_symbolic_link_that_leads_out(coco_folder: CocoFolder, voc_folder: VocFolder, tmp_path: Path) -> None:
+    outside = picture(tmp_path / "outside" / "secret.png")
+    for link in (coco_folder.root / "images" / "train" / "a.png", voc_folder.root / "JPEGImages" / "a.png"):
+        link.unlink()
+        os.symlink(outside, link)
+        assert link.is_file(), "the fault is not there: the link leads nowhere"
+    for yaml in (coco_folder.write(), voc_folder.yaml):
+        assert "symbolic link" in refusal(yaml)
+
+    os.symlink(outside.parent, coco_folder.root / "images" / "train" / "sub")
+    coco_folder.content["images"][1]["file_name"] = "sub/secret.png"
+    assert "symbolic link" in refusal(coco_folder.write())
+
+
+def test_links_inside_and_to_whole_folders_are_fine(coco_folder: CocoFolder, tmp_path: Path) -> None:
+    images = coco_folder.root / "images" / "train"
+    (images / "a.png").rename(images / "real.png")
+    os.symlink("real.png", images / "a.png")
+    assert len(load_data(coco_folder.write(), "train")) == 2
+    images.rename(tmp_path / "big disk")
+    os.symlink(tmp_path / "big disk", images)
+    assert len(load_data(coco_folder.yaml, "train")) == 2
