@@ -153,7 +153,7 @@ def test_list_of_names_that_repeat(tmp_path: Path) -> None:
     file.write_text("b/0001.jpg")
     assert choose_labeled(samples, str(file), 0, K)[0] == [1]
     file.write_text("0001.jpg")
-    with pytest.raises(UserError, match="may be a/0001.jpg and b/0001.jpg"):
+    with pytest.raises(UserError, match=r"may be a/0001\.jpg and b/0001\.jpg"):
         choose_labeled(samples, str(file), 0, K)
 
 
