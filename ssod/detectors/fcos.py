@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssod.detectors.base import Detector, DetectorOptions, candidate_weights, full_precision, pyramid_of
+from ssod.errors import UserError
 from ssod.nn.backbone import Backbone
 from ssod.nn.fpn import FPN, ConvLevels
 from ssod.ops.anchors import AnchorGrid, square_cells
@@ -56,6 +57,11 @@ class FCOS(Detector):
         super().__init__()
         self.num_classes = num_classes
         self.options = options = options or FCOSOptions()
+        if options.fpn_channels % options.head_groups:
+            raise UserError(
+                f"detector.head_groups={options.head_groups} does not divide detector.fpn_channels="
+                f"{options.fpn_channels}; choose e.g. head_groups={math.gcd(options.fpn_channels, 32)}."
+            )
         self.codec = GIoUCodec()
         self.anchors = AnchorGrid(square_cells(STRIDES))
         self.backbone = Backbone(backbone, STRIDES[:3], frozen_norm, freeze)
