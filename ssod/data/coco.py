@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,11 @@ def read(found: Found, inspector: Inspector) -> list[Sample]:
 def load(file: Path) -> dict[str, Any]:
     """The JSON object in a file, not to be changed. `load_data` clears this cache when done: files may be gigabytes."""
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             content = json.load(stream)
     except json.JSONDecodeError as error:
         corrupt(file, f"line {error.lineno}, column {error.colno}", f"not valid JSON ({error.msg})")
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of 5000 digits
         corrupt(file, "", f"cannot be read as JSON ({error})")
     if not isinstance(content, dict):
         corrupt(file, "", "not a COCO file: an object with images, annotations and categories is expected")
@@ -107,7 +108,7 @@ def _records(content: dict[str, Any], key: str, file: Path) -> list[dict[str, An
 
 def _integer(record: dict[str, Any], key: str, file: Path, where: str) -> int:
     value = record.get(key)
-    if type(value) is not int:  # bool is an int, too, but not an id
+    if type(value) is not int or abs(value) >= 2**63:  # bool is an int, too, but not an id
         corrupt(file, where, f"'{key}' must be an integer, not {value!r}")
     return value
 
@@ -155,7 +156,7 @@ def _annotations(
         where = f"annotations[{i}]"
         image_id = _integer(record, "image_id", file, where)
         id_ = record.get("id")
-        if id_ == 0 or uses[id_] > 1:
+        if type(id_) is int and (id_ == 0 or uses[id_] > 1):
             inspector.report(
                 kinds.ANNOTATION_ID, file, where, f"annotation id {id_} is {'0' if id_ == 0 else 'not unique'}"
             )
@@ -179,20 +180,18 @@ def _sample(
         return Sample(path, image_id, *size, *no_objects(), labeled=True)
     boxes, labels, crowd, areas = [], [], [], []
     for where, record in objects:
-        box = record.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-            corrupt(file, where, f"'bbox' must be four numbers [x, y, width, height], not {box!r}")
-        category = record.get("category_id")
+        x, y, w, h = _box(record, file, where)
+        category = _integer(record, "category_id", file, where)
         if category not in label_of:
             known = ", ".join(str(id_) for id_ in label_of)
-            corrupt(file, where, f"category_id {category!r} is not among the categories of this file ({known})")
-        x, y, w, h = (float(v) for v in box)
+            corrupt(file, where, f"category_id {category} is not among the categories of this file ({known})")
         boxes.append((x, y, x + w, y + h))
         labels.append(label_of[category])
         crowd.append(bool(record.get("iscrowd", 0)))
         area = record.get("area")
-        areas.append(float(area) if isinstance(area, (int, float)) else w * h)
+        areas.append(area if isinstance(area, (int, float)) and 0 <= area < 1e12 else np.nan)
     clean, keep = inspector.clean(boxes, size, file, [where for where, _ in objects])
+    told, own = np.array(areas)[keep], (clean[:, 2:] - clean[:, :2]).prod(axis=1)
     return Sample(
         path,
         image_id,
@@ -201,5 +200,13 @@ def _sample(
         labels=np.array(labels, np.int64)[keep],
         crowd=np.array(crowd, np.bool_)[keep],
         labeled=True,
-        areas=np.array(areas, np.float32)[keep],
+        areas=np.where(np.isnan(told), own, told).astype(np.float32),
     )
+
+
+def _box(record: dict[str, Any], file: Path, where: str) -> list[float]:
+    box = record.get("bbox")
+    if isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box):
+        with suppress(OverflowError):  # an integer of 400 digits
+            return [float(v) for v in box]
+    corrupt(file, where, f"'bbox' must be four numbers [x, y, width, height], not {box!r}")

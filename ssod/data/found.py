@@ -79,9 +79,18 @@ class SafePaths:
 
 def check_name(name: Any, file: Path, record: str) -> str:
     """Return a file name; refuse a file name that is not a plain relative path downwards, on this or another system."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or not _encodable(name):
         corrupt(file, record, f"a file name is expected, not {name!r}")
     windows = PureWindowsPath(name)  # knows both kinds of slashes
     if windows.drive or windows.root or ".." in windows.parts:
         corrupt(file, record, f"the file name {name!r} leads out of the data folder")
     return name
+
+
+def _encodable(name: str) -> bool:
+    """Whether the system can look for such a file: JSON may hold halves of characters."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True

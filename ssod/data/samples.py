@@ -143,7 +143,7 @@ class Inspector:
         try:
             return image_size(path)
         except ImageError as error:
-            kind = IMAGE_UNREADABLE if path.exists() else IMAGE_MISSING
+            kind = IMAGE_UNREADABLE if os.path.exists(path) else IMAGE_MISSING
             self.report(kind, path, "", error.reason)
             return None
 

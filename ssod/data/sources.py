@@ -94,7 +94,7 @@ def read_data_yaml(yaml_path: str | os.PathLike[str], path: str | os.PathLike[st
 
 def _load_yaml(file: Path) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"Data YAML not found: {file} (current folder: {Path.cwd()}).") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -129,7 +129,7 @@ def _from_list(samples: Sequence[Sample], file: Path) -> set[int]:
 
 def _read_entries(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         content = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
     except FileNotFoundError:
         raise UserError(f"labeled={file}: there is no such file (current folder: {Path.cwd()}).") from None

@@ -68,7 +68,7 @@ def _files_by_name(folder: Path) -> dict[str, list[Path]]:
 def _listed(file: Path, inspector: Inspector) -> list[tuple[str, str]]:
     """(name, which line) of a VOC list, sorted by name, without repetitions."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         corrupt(file, "", f"cannot be read as a list of names ({error})")
     out: dict[str, str] = {}
@@ -121,9 +121,11 @@ def _sample(
         corrupt(xml, "", f"a VOC file starts with <annotation>, not <{tree.tag}>")
     declared = tree.find("size")
     if declared is not None:
-        width, height = (int(_number(declared, tag, xml, "<size>")) for tag in ("width", "height"))
+        width, height = (_number(declared, tag, xml, "<size>") for tag in ("width", "height"))
+        if not (width.is_integer() and height.is_integer()):
+            corrupt(xml, "<size>", f"width and height must be integers, not {width:g} and {height:g}")
         if (width, height) != (0, 0):  # what some programs write when they do not know
-            inspector.compare_size(path, size, (width, height), xml.name)
+            inspector.compare_size(path, size, (int(width), int(height)), "<size>")
     boxes, labels, crowd, records = [], [], [], []
     for i, obj in enumerate(tree.findall("object"), 1):
         record = f"object {i}"

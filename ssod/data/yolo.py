@@ -61,7 +61,7 @@ def _sample(
     label: Path, path: Path, image_id: int, size: tuple[int, int], names: list[str], inspector: Inspector
 ) -> Sample:
     try:
-        lines = label.read_text(encoding="utf-8").splitlines()
+        lines = label.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         corrupt(label, "", f"cannot be read as YOLO labels ({error})")
     boxes, labels, records = [], [], []
@@ -72,7 +72,7 @@ def _sample(
         if not 0 <= class_id < len(names):
             classes = ", ".join(f"{k} {name}" for k, name in enumerate(names))
             corrupt(label, f"line {i}", f"unknown class {class_id}, the classes are {classes}")
-        boxes.append(box * np.array([size[0], size[1], size[0], size[1]]))
+        boxes.append([v * side for v, side in zip(box, (*size, *size), strict=True)])
         labels.append(class_id)
         records.append(f"line {i}")
     if not boxes:
@@ -83,7 +83,7 @@ def _sample(
     )
 
 
-def _parse_line(line: str, label: Path, record: str) -> tuple[int, np.ndarray]:
+def _parse_line(line: str, label: Path, record: str) -> tuple[int, list[float]]:
     """Class id and box xyxy, relative to the image."""
     try:
         values = [float(v) for v in line.split()]
@@ -96,6 +96,6 @@ def _parse_line(line: str, label: Path, record: str) -> tuple[int, np.ndarray]:
         corrupt(label, record, f"the class must be an integer, not {values[0]}")
     if polygon:
         points = np.array(values[1:]).reshape(-1, 2)
-        return int(values[0]), np.concatenate([points.min(axis=0), points.max(axis=0)])
+        return int(values[0]), [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
     _, x, y, w, h = values
-    return int(values[0]), np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+    return int(values[0]), [x - w / 2, y - h / 2, x + w / 2, y + h / 2]

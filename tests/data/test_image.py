@@ -134,7 +134,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert read_image(path)[0].tolist() == [[200, 0, 0], [255, 255, 255], [204, 204, 204]]
 
     path = tmp_path / "gray_glass.png"
-    Image.fromarray(np.array([[[90, 255], [90, 0]]], np.uint8), mode=None).save(path)
+    Image.fromarray(np.array([[[90, 255], [90, 0]]], np.uint8)).save(path)
     assert Image.open(path).mode == "LA"
     assert read_image(path)[0].tolist() == [[90, 90, 90], [255, 255, 255]]
 
@@ -193,6 +193,7 @@ def test_not_an_image(tmp_path: Path, content: bytes, reason: str) -> None:
     assert path.read_bytes() == content
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on broken metadata
 def test_flipped_bits_are_an_image_error_or_pixels(tmp_path: Path) -> None:
     """Whatever the damage: either an ImageError or an image, and nothing else escapes."""
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -334,6 +335,81 @@ def test_yolo_label_that_is_not_text(yolo_folder: YoloFolder) -> None:
     assert str(label) in refusal(yolo_folder.yaml)
 
 
+ODD = [
+    "",
+    "x",
+    "7",
+    "\ud800",
+    "a\0b",
+    "n" * 5000,
+    0,
+    -1,
+    10**30,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+]
+ODD_VALUES: list[object] = [*ODD, [], {}, [[]], [None] * 4, [1e308] * 4, [10**400] * 4, {"id": 1}]
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_odd_value_in_a_coco_file_escapes(coco_folder: CocoFolder) -> None:
+    """Each value of the file in turn becomes something odd: a data set or one sentence, never another error."""
+    good = json.dumps(coco_folder.content)
+    places = [(k, i, field) for k, rs in coco_folder.content.items() for i, r in enumerate(rs) for field in r]
+    places += [(k, i, None) for k in coco_folder.content for i in range(2)]
+    refusals = []
+    for key, i, record_field in places:
+        for odd in ODD_VALUES:
+            coco_folder.content = json.loads(good)
+            if record_field is None:
+                coco_folder.content[key][i] = odd
+            else:
+                coco_folder.content[key][i][record_field] = odd
+            try:
+                data = load_data(coco_folder.write(), "train")
+                assert all(
+                    np.isfinite(s.boxes).all() and np.isfinite(s.areas).all() for s in data.samples if len(s.boxes)
+                )
+            except UserError as error:
+                refusals.append(str(error))
+    assert len(refusals) > len(places) * len(ODD_VALUES) / 3
+    assert not any("\n" in r for r in refusals)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["", "nan", "inf", "-1e308", "1e999", "x", "&amp;", "9" * 5000, "\u0663"])
+def test_no_odd_value_in_xml_or_yolo_escapes(voc_folder: VocFolder, yolo_folder: YoloFolder, text: str) -> None:
+    file = voc_folder.root / "Annotations" / "a.xml"
+    good = file.read_text()
+    label = ["0", "0.5", "0.5", "0.5", "0.5"]
+    refusals = []
+    for i in range(7):
+        parts = re.split(r"(?<=>)([^<>]+)(?=<)", good)  # what stands between tags is at the odd positions
+        parts[2 * i + 1] = text
+        file.write_text("".join(parts), encoding="utf-8")
+        yolo_folder.label("a", " ".join([*label[: i % 5], text, *label[i % 5 + 1 :]]))
+        for folder in (voc_folder, yolo_folder):
+            try:
+                load_data(folder.yaml, "train")
+            except UserError as error:
+                refusals.append(str(error))
+    assert not any("\n" in r for r in refusals)
+
+
+def test_byte_order_marks(coco_folder: CocoFolder, voc_folder: VocFolder, yolo_folder: YoloFolder) -> None:
+    """What Windows editors put in front of a text file changes nothing."""
+    coco_folder.write()
+    files = [coco_folder.json, coco_folder.yaml, voc_folder.list, voc_folder.yaml, yolo_folder.yaml]
+    for file in [*files, yolo_folder.label("a", "0 0.5 0.5 0.5 0.5")]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for folder, n in ((coco_folder, 2), (voc_folder, 2), (yolo_folder, 3)):
+        assert len(load_data(folder.yaml, "train", strict=True)) == n
+
+
 # ----------------------------------------------------------------- fault 7: unknown classes
 
 
@@ -560,8 +636,6 @@ def test_python_tags_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_yaml(tmp_path: Path, text: str, expected: str) -> None:
-    import re
-
     file = tmp_path / "data.yaml"
     file.write_text(text)
     message = refusal(file)
