@@ -54,8 +54,8 @@ def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def mean_colour(image: Tensor) -> np.ndarray:
-    """Mean RGB [3] of every fourth pixel of every fourth row: within a level of the true mean on photographs."""
-    return to_hwc(image)[::4, ::4].reshape(-1, 3).mean(0, dtype=np.float64)
+    """Mean RGB [3] of every eighth pixel of every eighth row: within a level or two of the true mean."""
+    return to_hwc(image)[::8, ::8].reshape(-1, 3).mean(0, dtype=np.float64)
 
 
 def recolour(image: Tensor, matrix: np.ndarray) -> Tensor:
@@ -81,18 +81,32 @@ def blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def _blur_torch(image: Tensor, sigma: float, radius: int) -> Tensor:
+    """Sums of shifted copies, plane by plane in buffers that stay in the cache: far cheaper than convolving."""
     taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma) ** 2)
     weights = (taps / (taps[0] + 2 * taps[1:].sum())).tolist()
-    pixels = image.float()
-    for dim in (1, 2):  # a sum of shifted copies: far cheaper than a convolution of 3 channels
-        size = pixels.shape[dim]
-        mirror = torch.arange(-radius, size + radius).abs()
-        mirror = torch.minimum(mirror, 2 * (size - 1) - mirror)
-        padded = pixels.index_select(dim, mirror)
-        pixels = padded.narrow(dim, radius, size) * weights[0]
+    h, w = image.shape[1:]
+    rows, columns = _mirrored(h, radius), _mirrored(w, radius)
+    tall, sum_tall = torch.empty(2, h, w + 2 * radius).unbind()
+    wide, sum_wide = torch.empty(2, h, w).unbind()
+    blurred = torch.empty(3, h, w, dtype=torch.uint8)
+    for plane, out in zip(image, blurred, strict=True):
+        padded = plane[rows][:, columns].float()  # [h + 2 radius, w + 2 radius]
+        torch.mul(padded[radius : radius + h], weights[0], out=tall)
         for i in range(1, radius + 1):
-            pixels.add_(padded.narrow(dim, radius - i, size) + padded.narrow(dim, radius + i, size), alpha=weights[i])
-    return (pixels + 0.5).to(torch.uint8)
+            torch.add(padded[radius - i :][:h], padded[radius + i :][:h], out=sum_tall)
+            tall.add_(sum_tall, alpha=weights[i])
+        torch.mul(tall[:, radius : radius + w], weights[0], out=wide)
+        for i in range(1, radius + 1):
+            torch.add(tall[:, radius - i :][:, :w], tall[:, radius + i :][:, :w], out=sum_wide)
+            wide.add_(sum_wide, alpha=weights[i])
+        out.copy_(wide.add_(0.5))
+    return blurred
+
+
+def _mirrored(size: int, radius: int) -> Tensor:
+    """Indices [size + 2 radius] that reflect at both ends without repeating the border."""
+    index = torch.arange(-radius, size + radius).abs()
+    return torch.minimum(index, 2 * (size - 1) - index)
 
 
 def erase(image: Tensor, top: int, left: int, fill: Tensor) -> Tensor:

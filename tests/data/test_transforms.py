@@ -156,7 +156,7 @@ def test_one_colour_matrix_against_torchvision(fast: bool, monkeypatch: pytest.M
         approximate = pixels.recolour(image, pixels.hue(turn)).float()
         exact = tvf.adjust_hue(image, turn).float()
         unchanged = (image.float() - exact).abs().mean()
-        assert (approximate - exact).abs().mean() < 0.8 * unchanged  # nearer to HSV hue than doing nothing
+        assert (approximate - exact).abs().mean() < 0.9 * unchanged  # nearer to HSV hue than doing nothing
         assert (approximate - exact).abs().mean() < 8  # levels, on saturated random colours
 
 
@@ -194,7 +194,7 @@ def test_matrices_compose_in_order() -> None:
 
 
 def test_mean_colour_is_close_to_the_mean() -> None:
-    image = photo()
+    image = photo(480, 640)
     np.testing.assert_allclose(pixels.mean_colour(image), image.double().mean((1, 2)).numpy(), atol=1.5)
 
 
