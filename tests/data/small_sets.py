@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from ssod.data.sources import load_data
+from ssod.errors import UserError
 
 
 def picture(path: Path, width: int = 40, height: int = 30, seed: int = 0) -> Path:
@@ -89,3 +93,12 @@ class VocFolder:
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(parts) + "</annotation>", encoding="utf-8")
         return path
+
+
+def refusal(yaml: Path, split: str = "train") -> str:
+    """The one sentence in which `load_data` refuses a data YAML."""
+    with pytest.raises(UserError) as caught:
+        load_data(yaml, split)
+    message = str(caught.value)
+    assert "\n" not in message, "one sentence on one line"
+    return message
