@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,6 @@ from ssod.data import samples as kinds
 from ssod.data.samples import count_problems
 from ssod.data.sources import load_data
 from ssod.errors import UserError
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
 
 # ----------------------------------------------------------------- fault 5: corrupt annotation files
 
