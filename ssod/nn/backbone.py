@@ -78,6 +78,8 @@ class Backbone(nn.Module):
             x = (images.float() - self.mean) / self.std
         else:
             x = (images.float() - self.mean / 255) / (self.std / 255)
+        if torch.is_autocast_enabled(x.device.type):  # half-precision kernels are faster on this layout, float32's not
+            x = x.contiguous(memory_format=torch.channels_last)
         if sizes is None:
             return x
         row = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # [B, H]
