@@ -104,7 +104,7 @@ def load_last_good(folder: Path, names: tuple[str, ...] = ("last.pt", "previous.
 
     Raises CheckpointError when none does.
     """
-    said = []
+    said: list[str] = []
     for name in names:
         try:
             return load_checkpoint(folder / name), " ".join(said)

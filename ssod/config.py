@@ -8,12 +8,13 @@ Nothing here imports torch: `ssod help` and `ssod cfg` answer at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from ssod.errors import UserError, did_you_mean
 
@@ -43,30 +44,37 @@ class Augment(Section):
     strong: Pipeline = Field("strong", description="view of the unlabelled images that the student learns from")
 
 
-class Common(Section):
-    """What every mode that reads data or a model understands."""
+class RunFolder(Section):
+    """Where a mode writes."""
 
-    data: str | None = Field(None, description="data YAML (path, train, unlabeled, val, test, names), or `shapes`")
-    data_path: str | None = Field(None, description="folder of the data, instead of the `path:` in the data YAML")
-    strict: bool = Field(False, description="stop at the first flaw of the data instead of reporting it")
-    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
-    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
-    project: str = Field("runs", description="parent folder of run folders")
-    name: str | None = Field(None, description="name of the run folder; default: the mode")
+    project: str = Field("runs", description="parent folder; a run goes to PROJECT/MODE/NAME")
+    name: str = Field("exp", description="name of the run folder; where it exists, NAME-2 and so on")
     exist_ok: bool = Field(False, description="write into an existing run folder instead of NAME-2")
     verbose: bool = Field(False, description="print the traceback of an error")
 
 
-class Inference(Common):
-    """How raw predictions become detections."""
+class Inference(Section):
+    """How raw predictions become detections, and on what."""
 
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
+    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
     imgsz: int = Field(640, ge=32, description="long side of the image, pixels")
     conf: float = Field(0.05, ge=0, le=1, description="lowest score of a detection")
     iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold")
     max_det: int = Field(100, ge=1, description="most detections of one image")
 
 
-class TrainConfig(Inference):
+class Data(Section):
+    """Which images and annotations."""
+
+    data: str | None = Field(
+        None, description="data YAML (path, train, unlabeled, val, test, names), or shapes: the drawn demo set"
+    )
+    data_path: str | None = Field(None, description="folder of the data, instead of `path:` in the data YAML")
+    strict: bool = Field(False, description="stop at the first flaw of the data instead of reporting it")
+
+
+class TrainConfig(RunFolder, Inference, Data):
     """`ssod train`"""
 
     detector: Component = Field(Component(name="fcos"), description="fcos or faster_rcnn, with its options")
@@ -80,7 +88,8 @@ class TrainConfig(Inference):
 
     labeled: str | int = Field("all", description="labelled part of train: all, 10%, a count, or a file of image names")
     unlabeled: str = Field(
-        "auto", description="unlabelled images: auto (rest of train and the YAML's `unlabeled`), rest, none, or a folder"
+        "auto",
+        description="unlabelled images: auto (rest of train and the YAML's `unlabeled`), rest, none, or a folder",
     )
     augment: Augment = Field(Augment(), description="views of the images")
     cache: bool = Field(False, description="keep decoded, resized images in memory (each worker its own)")
@@ -134,7 +143,7 @@ class TrainConfig(Inference):
         return self.batch if self.batch_unlabeled is None else self.batch_unlabeled
 
 
-class ValConfig(Inference):
+class ValConfig(RunFolder, Inference, Data):
     """`ssod val`"""
 
     model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
@@ -145,7 +154,7 @@ class ValConfig(Inference):
     save_json: bool = Field(False, description="write detections.json in COCO results format")
 
 
-class PredictConfig(Inference):
+class PredictConfig(RunFolder, Inference):
     """`ssod predict`"""
 
     model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
@@ -160,16 +169,15 @@ class PredictConfig(Inference):
     save_json: bool = Field(False, description="write predictions.json")
 
 
-class CheckConfig(Common):
+class CheckConfig(RunFolder, Data):
     """`ssod check`"""
 
-    data: str = Field(description="data YAML to look over")
     decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
     samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
     seed: int = Field(0, ge=0, description="which images are drawn")
 
 
-MODES: dict[str, type[Common]] = {
+MODES: dict[str, type[Section]] = {
     "train": TrainConfig,
     "val": ValConfig,
     "predict": PredictConfig,
@@ -354,17 +362,28 @@ def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> st
 
 def help_lines(mode: str) -> list[str]:
     """One line a key: name, default, meaning."""
-    lines = []
-    for key, f in MODES[mode].model_fields.items():
-        default = "required" if f.is_required() else _plain(f.default)
-        lines.append(f"  {key:<17}{default!s:<15} {f.description}")
-    return lines
+    return [f"  {key:<17}{shown:<21} {f.description}" for key, shown, f in _defaults(MODES[mode])]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Component):
-        return value.name
-    return f"{{{', '.join(type(value).model_fields)}}}" if isinstance(value, Section) else value
+def default_yaml() -> str:
+    """What cfg/default.yaml holds: every key of `ssod train` with its default and meaning."""
+    lines = ["# Every argument of `ssod train` with its default. Start your own YAML with `base: default.yaml`."]
+    for key, shown, f in _defaults(TrainConfig):
+        lines.append(f"{key + ': ' + shown:<40} # {f.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _defaults(model: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+    """(key, default as YAML, field); sections as one line."""
+    for key, f in model.model_fields.items():
+        value = f.default.model_dump() if isinstance(f.default, BaseModel) else f.default
+        if f.is_required():
+            shown = "(required)"
+        elif isinstance(value, dict) and list(value) == ["name"]:
+            shown = value["name"]
+        else:
+            shown = yaml.safe_dump(value, default_flow_style=True, width=1000, sort_keys=False).split("\n")[0]
+        yield key, shown, f
 
 
 def to_yaml(config: BaseModel) -> str:

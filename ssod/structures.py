@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,9 @@ class Instances:
         return replace(self, boxes=boxes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> Instances:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Instances(**{k: None if v is None else fn(v) for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: None if v is None else fn(v) for k, v in values.items()}
+        return Instances(**moved)
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> Instances:
@@ -60,7 +62,7 @@ class Instances:
     @staticmethod
     def cat(parts: Sequence[Instances]) -> Instances:
         """Objects of several lists of one image; a field is kept only where every part has it."""
-        out = {}
+        out: dict[str, Any] = {}
         for f in fields(Instances):
             values = [getattr(p, f.name) for p in parts]
             out[f.name] = None if any(v is None for v in values) else torch.cat(values)

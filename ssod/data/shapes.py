@@ -48,7 +48,8 @@ def shapes_yaml(cache: Path | None = None) -> Path:
 def _write(folder: Path) -> None:
     for split, count in COUNTS.items():
         (folder / "images" / split).mkdir(parents=True)
-        images, annotations = [], []
+        images: list[dict[str, object]] = []
+        annotations: list[dict[str, object]] = []
         for index in range(count):
             rng = np.random.default_rng([VERSION, list(COUNTS).index(split), index])
             picture, boxes, labels = draw_image(rng)
@@ -108,7 +109,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     """Two colours blended by noise of several octaves, with stripes on top of some."""
-    field = np.zeros((side, side), np.float32)
+    field = np.zeros((side, side))
     for octave in (3, 6, 12, 24):
         grid = Image.fromarray(rng.random((octave, octave)).astype(np.float32))
         field += np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC)) / octave**0.5
@@ -120,10 +121,11 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _stripes(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Bars of random angle and width: float [side, side], 0 or 1."""
     y, x = np.mgrid[:side, :side]
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 40)
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
-    return (wave > 0).astype(np.float32)
+    return (wave > 0).astype(np.float64)
 
 
 def _clutter(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
@@ -186,21 +188,8 @@ def _outline(rng: np.random.Generator, label: int, extent: float, side: int) -> 
         pen.polygon(place(star), fill=255)
     else:
         w = 0.32
-        cross = [
-            (w, 1),
-            (w, w),
-            (1, w),
-            (1, -w),
-            (w, -w),
-            (w, -1),
-            (-w, -1),
-            (-w, -w),
-            (-1, -w),
-            (-1, w),
-            (-w, w),
-            (-w, 1),
-        ]
-        pen.polygon(place(np.array(cross)), fill=255)
+        arm = np.array([(w, 1), (w, w), (1, w)])  # one quarter; the others mirror it
+        pen.polygon(place(np.concatenate([arm, arm[::-1] * (1, -1), -arm, arm[::-1] * (-1, 1)])), fill=255)
     return np.asarray(mask) > 127
 
 
@@ -210,11 +199,11 @@ def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray) -> N
     a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
     kind = rng.integers(3)
     if kind == 0:
-        field = np.linspace(0, 0.4, side, dtype=np.float32)[None].repeat(side, 0)
+        field = np.linspace(0, 0.4, side)[None].repeat(side, 0)
     elif kind == 1:
         field = _stripes(rng, side) * 0.5
     else:
-        field = rng.random((side, side)).astype(np.float32) * 0.4
+        field = rng.random((side, side)) * 0.4
     color = a + (b - a) * field[mask][:, None]
     behind = picture[mask].mean(0)
     if np.abs(color.mean(0) - behind).max() < 40:  # a shape must differ from what it lies on

@@ -86,7 +86,8 @@ class Predictor:
 
     def _samples(self, source: str | Path | Sequence[str | Path]) -> list[Sample]:
         paths = find_images(source)
-        self.unreadable, samples = [], []
+        self.unreadable = []
+        samples: list[Sample] = []
         for path in paths:
             try:
                 width, height = image_size(path)
@@ -95,16 +96,16 @@ class Predictor:
                 continue
             samples.append(Sample.unlabeled(path, len(samples) + 1, width, height))
         if not samples:
-            path, reason = self.unreadable[0]
-            raise UserError(f"none of the {len(paths)} images can be read; the first, {path}: {reason}.")
+            first, reason = self.unreadable[0]
+            raise UserError(f"none of the {len(paths)} images can be read; the first, {first}: {reason}.")
         return samples
 
     def _timed(self, samples: list[Sample]) -> Iterator[tuple[int, Any, float]]:
         """Detections with each image's milliseconds: a batch's time falls on its first image's arrival, so the
         running mean is what is reported."""
-        start, seen = time.monotonic(), 0
-        for index, found in detect(self.detector, samples, self.how, self.unreadable):
-            seen += 1
+        start = time.monotonic()
+        found_of = detect(self.detector, samples, self.how, self.unreadable)
+        for seen, (index, found) in enumerate(found_of, 1):
             if self.classes is not None:
                 keep = torch.isin(found.labels, torch.tensor(self.classes, dtype=torch.int64))
                 found = found[keep]

@@ -36,7 +36,8 @@ class Metrics:
 
 def coco_truth(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
     """Annotations as a COCO dictionary; ids count from 1, since pycocotools takes id 0 for "no match"."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, s in enumerate(samples):
         images.append({"id": index + 1, "width": s.width, "height": s.height, "file_name": s.path.name})
         x1, y1, x2, y2 = s.boxes.T

@@ -15,9 +15,9 @@ from ssod.errors import UserError
 _held: list[IO[str]] = []  # locks live as long as the process
 
 
-def new_run(project: str, mode: str, name: str | None, exist_ok: bool) -> Path:
+def new_run(project: str, mode: str, name: str, exist_ok: bool) -> Path:
     """Create and lock PROJECT/MODE/NAME, or NAME-2, NAME-3 ... where it exists and `exist_ok` is false."""
-    base = Path(project) / mode / (name or "exp")
+    base = Path(project) / mode / name
     folder, number = base, 1
     while folder.exists() and not exist_ok:
         number += 1
@@ -46,13 +46,13 @@ def lock_run(folder: Path) -> None:
     _held.append(file)
 
 
-def last_run(project: str, name: str | None) -> Path:
+def last_run(project: str, name: str) -> Path:
     """The training run folder written last, for `resume=True`. Raises UserError when there is none."""
     base = Path(project) / "train"
-    pattern = f"{name or 'exp'}*"
-    found = [p.parent for p in base.glob(f"{pattern}/weights/") if any(p.glob("*.pt"))]
+    folders = [p for p in base.glob(f"{name}*") if p.name == name or p.name.removeprefix(f"{name}-").isdigit()]
+    found = [p for p in folders if any((p / "weights").glob("*.pt"))]
     if not found:
-        raise UserError(f"resume=True finds no run {base / pattern} with a checkpoint. Give resume=PATH of its folder.")
+        raise UserError(f"resume=true finds no run {base / name} with a checkpoint. Give resume=PATH of its folder.")
     return max(found, key=lambda p: max(c.stat().st_mtime for c in (p / "weights").glob("*.pt")))
 
 

@@ -14,7 +14,7 @@ from ssod.data.shapes import shapes_yaml
 from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
 from ssod.deploy.predictor import find_images
-from ssod.detectors import build_detector
+from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
 from ssod.nn.backbone import load_backbone_weights
@@ -88,7 +88,7 @@ def _unlabeled(config: TrainConfig, rest: list[Sample]) -> list[Sample]:
 
 
 def _folder(folder: str) -> list[Sample]:
-    out = []
+    out: list[Sample] = []
     for path in find_images(folder):
         try:
             width, height = image_size(path)
@@ -110,7 +110,8 @@ def plan_run(config: TrainConfig, data: TrainData) -> Plan:
     burn_in = round(config.burn_in * iters) if config.burn_in < 1 else int(config.burn_in)
     if data.unlabeled and burn_in >= iters:
         raise UserError(
-            f"burn_in={config.burn_in} leaves no step of {iters} for the unlabelled images. Lower burn_in or raise iters."
+            f"burn_in={config.burn_in} leaves none of the {iters} steps for the unlabelled images. "
+            "Lower burn_in or raise iters."
         )
     return Plan(iters, burn_in if data.unlabeled else iters, config.ema_decay)
 
@@ -118,8 +119,6 @@ def plan_run(config: TrainConfig, data: TrainData) -> Plan:
 def check_options(config: TrainConfig) -> None:
     """Refuse unknown strategies, detectors and options before any data is read."""
     validate(strategy_class(config.strategy.name).Options, config.strategy.options, "strategy.")
-    from ssod.detectors import detector_class
-
     validate(detector_class(config.detector.name).Options, config.detector.options, "detector.")
 
 

@@ -36,4 +36,4 @@ def build_strategy(name: str, student: Detector, options: Mapping[str, Any], pla
                 f"strategy={name} needs a detector with {capability.__name__}, "
                 f"which {type(student).__name__} does not have."
             )
-    return cls(student, validate(cls.Options, options, "strategy."), plan)  # type: ignore[arg-type, call-arg]
+    return cls(student, validate(cls.Options, options, "strategy."), plan)  # type: ignore[call-arg]

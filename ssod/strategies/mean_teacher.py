@@ -61,7 +61,8 @@ class MeanTeacher(Strategy):
         return super().supervised(batch)
 
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
-        assert batch.weak is not None and batch.strong is not None
+        assert batch.weak is not None
+        assert batch.strong is not None
         detections = self.detect(batch)
         tau = self.thresholds(detections)
         to_strong = between(batch.weak.matrices, batch.strong.matrices)  # [B, 3, 3]
@@ -73,7 +74,7 @@ class MeanTeacher(Strategy):
         losses = student.loss(student.head(student.features(view.images, view.sizes)), targets)
         weight = self.options.weight * self.ramp(step)
         found, used = sum(map(len, detections)), sum(map(len, targets))
-        stats = {
+        stats: dict[str, Tensor | float] = {
             "pseudo/per_image": used / len(targets),
             "pseudo/kept": used / max(found, 1),
             "pseudo/labeled_per_image": (self.label_counts.sum() / self.label_images.clamp(min=1)),
