@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -37,7 +38,7 @@ def stack(frames: Sequence[Frame], targets: list[Instances], indices: list[int],
     """
     heights, widths = zip(*(frame.image.shape[1:] for frame in frames), strict=True)
     height, width = (round_up(max(*sides, square), pad_to) for sides in (heights, widths))
-    images = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
+    images = _blank(len(frames), 3, height, width)
     for frame, padded, h, w in zip(frames, images, heights, widths, strict=True):
         _copy_planes(frame.image, padded[:, :h, :w])
         padded[:, h:] = GREY
@@ -49,6 +50,15 @@ def stack(frames: Sequence[Frame], targets: list[Instances], indices: list[int],
         targets=targets,
         indices=indices,
     )
+
+
+def _blank(*shape: int) -> Tensor:
+    """uint8 tensor of any content; in a loader worker it is born in the shared memory it will leave in."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # As torch's own default_collate does. A tensor moved there later costs twice as much again as filling it.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _copy_planes(image: Tensor, out: Tensor) -> None:

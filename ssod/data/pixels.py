@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from ssod.data.geometry import cv2, from_hwc, to_hwc
 
@@ -85,12 +86,11 @@ def _blur_torch(image: Tensor, sigma: float, radius: int) -> Tensor:
     taps = torch.exp(-0.5 * (torch.arange(radius + 1) / sigma) ** 2)
     weights = (taps / (taps[0] + 2 * taps[1:].sum())).tolist()
     h, w = image.shape[1:]
-    rows, columns = _mirrored(h, radius), _mirrored(w, radius)
     tall, sum_tall = torch.empty(2, h, w + 2 * radius).unbind()
     wide, sum_wide = torch.empty(2, h, w).unbind()
     blurred = torch.empty(3, h, w, dtype=torch.uint8)
     for plane, out in zip(image, blurred, strict=True):
-        padded = plane[rows][:, columns].float()  # [h + 2 radius, w + 2 radius]
+        padded = nnf.pad(plane[None].float(), [radius] * 4, mode="reflect")[0]  # [h + 2 radius, w + 2 radius]
         torch.mul(padded[radius : radius + h], weights[0], out=tall)
         for i in range(1, radius + 1):
             torch.add(padded[radius - i :][:h], padded[radius + i :][:h], out=sum_tall)
@@ -101,12 +101,6 @@ def _blur_torch(image: Tensor, sigma: float, radius: int) -> Tensor:
             wide.add_(sum_wide, alpha=weights[i])
         out.copy_(wide.add_(0.5))
     return blurred
-
-
-def _mirrored(size: int, radius: int) -> Tensor:
-    """Indices [size + 2 radius] that reflect at both ends without repeating the border."""
-    index = torch.arange(-radius, size + radius).abs()
-    return torch.minimum(index, 2 * (size - 1) - index)
 
 
 def erase(image: Tensor, top: int, left: int, fill: Tensor) -> Tensor:

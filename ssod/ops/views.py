@@ -56,8 +56,9 @@ def map_instances(
     Returns the kept objects, and their int64 indices [kept] in `instances`.
     """
     boxes = map_boxes(instances.boxes, matrix)
-    h, w = int(size[0]), int(size[1])
-    clipped = torch.stack((*(boxes[:, i].clamp(0, (w, h)[i % 2]) for i in range(4)),), 1)
+    # Kept as a tensor: reading h and w into Python would make a GPU wait once more per image.
+    limits = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype)[[1, 0, 1, 0]]
+    clipped = torch.minimum(boxes.clamp(min=0), limits)
     area, visible = _area(boxes), _area(clipped)
     keep = ((visible >= min_area) & (visible >= min_visible * area) & (visible > 0)).nonzero()[:, 0]
     return instances.with_boxes(clipped)[keep], keep

@@ -113,8 +113,9 @@ def ours(paths: list[Path], imgsz: int) -> Callable[[int], object]:
     assert dataset.unlabeled is not None  # type: ignore[attr-defined]
 
     def batch(step: int) -> object:
-        views = dataset._unlabeled(dataset.unlabeled, step, [])  # type: ignore[attr-defined]
-        return [batching._Parcel(view) for view in views]
+        with mock.patch.object(batching, "get_worker_info", return_value=True):  # as in a worker
+            views = dataset._unlabeled(dataset.unlabeled, step, [])  # type: ignore[attr-defined]
+            return [batching.parcel(view) for view in views]
 
     return batch
 

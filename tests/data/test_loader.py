@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections import Counter
@@ -137,6 +138,11 @@ def test_workers_change_nothing(samples: list[Sample], strong: str) -> None:
     for a, b in zip(alone, parallel, strict=True):
         assert isinstance(b.labeled, View)
         assert_same(a, b)
+
+
+def test_the_dataset_travels_to_spawned_workers(samples: list[Sample]) -> None:
+    dataset = make(samples[:3], samples, cache=True).dataset
+    assert_same(pickle.loads(pickle.dumps(dataset))[3], dataset[3])  # type: ignore[arg-type]
 
 
 def test_resuming_is_starting_later(samples: list[Sample]) -> None:
@@ -303,6 +309,7 @@ def test_nothing_readable_is_an_error_for_the_user(samples: list[Sample], tmp_pa
 
 def test_a_hung_worker_is_named(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "read_image", lambda path: time.sleep(60))
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # patience before it is ended
     began = time.monotonic()
     with pytest.raises(LoaderError, match="within 1 s"):
         list(make(samples, samples, workers=1, timeout=1))
