@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssod.data.batching import parcel, stack, targets_in
 from ssod.data.geometry import cv2
 from ssod.data.image import ImageError
-from ssod.data.operations import Frame
+from ssod.data.operations import Frame, Rng
 from ssod.data.reader import ImageCache, Reader
 from ssod.data.samples import Sample
 from ssod.data.streams import Stream, generator
@@ -46,10 +46,12 @@ class ViewMaker:
     def draw(self, position: int, chains: Sequence[Chain], bad: Bad) -> tuple[int, list[Frame]]:
         """(index of the image, a frame per chain); unreadable images are noted in `bad` and passed over."""
         epoch, index, source = self._readable(position, bad)
-        weak = self.weak(source, self._rng(epoch, index, WEAK))
-        return index, [
-            chain(weak if chain.from_weak else source, self._rng(epoch, index, 1 + v)) for v, chain in enumerate(chains)
-        ]
+        weak = source
+        if any(chain.from_weak for chain in chains):
+            weak = self.weak(source, self._rng(epoch, index, WEAK))
+        starts = [weak if chain.from_weak else source for chain in chains]
+        views = enumerate(zip(chains, starts, strict=True), WEAK + 1)
+        return index, [chain(start, self._rng(epoch, index, view)) for view, (chain, start) in views]
 
     def _readable(self, position: int, bad: Bad) -> tuple[int, int, Frame]:
         for skip in range(min(MAX_BAD_IN_A_ROW, self.stream.n)):
@@ -61,7 +63,7 @@ class ViewMaker:
         path, reason = bad[-1]
         raise UserError(f"{skip + 1} images in a row cannot be read, the last one {path} ({reason}); check the data.")
 
-    def _rng(self, epoch: int, index: int, view: int) -> Any:
+    def _rng(self, epoch: int, index: int, view: int) -> Rng:
         return generator(self.stream.seed, self.number, epoch, index, view)
 
 

@@ -109,6 +109,8 @@ def _operation(entry: object, imgsz: int) -> Operation:
     if not isinstance(entry, dict) or len(entry) != 1:
         raise UserError(f"An operation is written {{name: value}} or {{name: {{parameter: value}}}}, got {entry!r}.")
     ((name, given),) = entry.items()
+    if name in PRESETS:
+        raise UserError(f"'{name}' cannot stand here: a list of operations may only begin with 'weak'.")
     if name not in OPERATIONS:
         raise UserError(f"'{name}' is not an operation of a view.{did_you_mean(str(name), OPERATIONS)}")
     cls = OPERATIONS[name]
@@ -116,7 +118,9 @@ def _operation(entry: object, imgsz: int) -> Operation:
     values = given if isinstance(given, dict) else {} if given is None else {known[0]: given}
     for key in values:
         if key not in known:
-            raise UserError(f"'{name}' has no parameter '{key}'; known: {', '.join(known)}.{did_you_mean(key, known)}")
+            raise UserError(
+                f"'{name}' has no parameter '{key}'; known: {', '.join(known)}.{did_you_mean(str(key), known)}"
+            )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if cls is Resize:
         values.setdefault("imgsz", imgsz)

@@ -21,6 +21,7 @@ from PIL import Image
 
 import ssod.data.loader as loader_module
 import ssod.data.reader as reader_module
+from ssod.data import batching, geometry, pixels
 from ssod.data.evalset import EvalLoader
 from ssod.data.geometry import GREY
 from ssod.data.loader import LoaderError, StepLoader, build_loader
@@ -130,8 +131,14 @@ def test_a_stream_can_be_entered_anywhere_and_epochs_differ() -> None:
 # ---------------------------------------------------------------- bit-equality
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("strong", ["strong", "strong_geo"])
-def test_workers_change_nothing(samples: list[Sample], strong: str) -> None:
+def test_workers_change_nothing(
+    samples: list[Sample], strong: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (geometry, pixels, batching):
+        if not fast:
+            monkeypatch.setattr(room, "cv2", None)
     alone = list(make(samples[:3], samples, strong=strong, labeled_view=["weak", "strong"]))
     parallel = list(make(samples[:3], samples, strong=strong, labeled_view=["weak", "strong"], workers=2))
     assert len(alone) == len(parallel) == 5
@@ -160,6 +167,11 @@ def test_two_ranks_see_what_one_sees(samples: list[Sample]) -> None:
         assert join([alone.labeled]) == join([first.labeled, second.labeled])
         assert join([alone.weak]) == join([first.weak, second.weak])
         assert join([alone.strong]) == join([first.strong, second.strong])
+
+
+def test_every_epoch_draws_anew(samples: list[Sample]) -> None:
+    view = next(iter(make(samples[:1], [], batch=16, batch_unlabeled=0, labeled_view="strong"))).labeled
+    assert len({pixels for _, pixels, _ in join([view])}) > 12  # one image, sixteen epochs in a batch
 
 
 def test_another_seed_is_another_run(samples: list[Sample]) -> None:

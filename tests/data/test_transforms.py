@@ -299,6 +299,8 @@ def test_views_travel_to_spawned_workers() -> None:
         (7, "must be a name"),
         (["weak", {"flip": 0.5, "blur": {}}], "An operation is written"),
         (["weak", 3], "An operation is written"),
+        (["strong", {"flip": 0.5}], "may only begin with 'weak'"),
+        (["weak", {"flip": {1: 0.5}}], "'flip' has no parameter '1'"),
     ],
 )
 def test_mistakes_are_said_in_one_sentence(spec: object, message: str) -> None:
