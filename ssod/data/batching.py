@@ -56,7 +56,7 @@ def _blank(*shape: int) -> Tensor:
     """uint8 tensor of any content; in a loader worker it is born in the shared memory it will leave in."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    # As torch's own default_collate does. A tensor moved there later costs twice as much again as filling it.
+    # As torch's own default_collate does. Moving a filled tensor there is a second copy, into fresh pages.
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 

@@ -104,8 +104,7 @@ def _blur_torch(image: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def erase(image: Tensor, top: int, left: int, fill: Tensor) -> Tensor:
-    """A copy with the window at (top, left) replaced by `fill`, uint8 [3, h, w] or [3, 1, 1] with a size given
-    by expanding it."""
+    """A copy with `fill`, uint8 [3, h, w], laid over the window whose corner is (top, left)."""
     erased = image.clone()
     erased[:, top : top + fill.shape[1], left : left + fill.shape[2]] = fill
     return erased
