@@ -81,6 +81,8 @@ class FCOS(Detector):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         # Every class starts at probability 0.01: else the many negatives swamp the first steps (focal loss, 3.3).
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - 0.01) / 0.01))  # type: ignore[arg-type]
+        # Boxes start at one stride per side: around 0 half of the distances are negative and get no gradient.
+        nn.init.ones_(self.box_codes.bias)  # type: ignore[arg-type]
 
     def features(self, images: Tensor, sizes: Tensor | None = None, shift: int = 0) -> Pyramid:
         maps = self.fpn(self.backbone(self.backbone.normalize(images, sizes)))
