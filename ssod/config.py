@@ -312,15 +312,16 @@ def load_config(mode: str, overrides: Mapping[str, Any] | None = None) -> Any:
         raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}.")
     overrides = dict(overrides or {})
     cfg = overrides.pop("cfg", None)
+    fields = MODES[mode].model_fields
     values: dict[str, Any] = {}
     if cfg is not None:
         values = merge(values, read_cfg(find_yaml(str(cfg))))
     values = merge(values, overrides)
-    for key in _COMPONENTS:
-        if isinstance(values.get(key), str):
-            values[key] = {"name": values[key]}
+    for key in _COMPONENTS:  # options without a name are options of the default
+        if key in fields and isinstance(values.get(key), dict):
+            values[key] = {"name": fields[key].default.name} | values[key]
     if mode != "train" and cfg is not None:  # a training recipe also serves val, predict and check
-        values = {k: v for k, v in values.items() if k in MODES[mode].model_fields or k not in TrainConfig.model_fields}
+        values = {k: v for k, v in values.items() if k in fields or k not in TrainConfig.model_fields}
     return validate(MODES[mode], values, "")
 
 

@@ -211,8 +211,13 @@ def build_loader(
 
 
 def worker_options(workers: int, pin: bool, timeout: float) -> dict[str, Any]:
-    """Options that every DataLoader here shares: items are whole batches, workers have one thread."""
+    """Options that every DataLoader here shares: items are whole batches, workers have one thread.
+
+    The generator is its own, since a DataLoader draws a number each time it starts: taken from torch's global
+    generator, that draw would make a resumed run differ from one that was never stopped.
+    """
     options: dict[str, Any] = {"batch_size": None, "num_workers": workers, "pin_memory": pin}
+    options["generator"] = torch.Generator()
     if workers:
         options |= {"timeout": timeout, "worker_init_fn": _start_worker, "prefetch_factor": 2}
     return options

@@ -7,6 +7,7 @@ learn outlines: few labels leave a gap that unlabelled images can close.
 
 from __future__ import annotations
 
+import colorsys
 import json
 import os
 import shutil
@@ -17,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 VERSION = 1  # part of the folder's name: raise it when a change alters a pixel
-SIZE = 160  # pixels
+SIZE = 128  # pixels
 NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 SHARES = (0.34, 0.25, 0.17, 0.12, 0.08, 0.04)  # long tail
-COUNTS = {"train": 1000, "val": 300}
+COUNTS = {"train": 1200, "val": 200}
 HIDDEN = 0.65  # an object of which more is covered by others is not annotated
 _DRAW = 2  # supersampling
 
@@ -79,7 +80,7 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.nda
     """One picture: uint8 [SIZE, SIZE, 3], boxes float [N, 4] xyxy pixels of what can be seen, labels int [N]."""
     side = SIZE * _DRAW
     picture = _background(rng, side)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         _clutter(rng, picture)
     owner = np.full((side, side), -1, np.int64)  # which object is seen at each pixel
     labels, full = [], []
@@ -116,8 +117,9 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     field = (field - field.min()) / (field.max() - field.min() + 1e-6)
     if rng.random() < 0.4:
         field = 0.7 * field + 0.3 * _stripes(rng, side)
-    a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-    return (a + (b - a) * field[..., None]).astype(np.uint8)
+    gray = rng.uniform(40, 215)
+    a, b = (gray + rng.uniform(-60, 60) + rng.uniform(-25, 25, 3) for _ in range(2))  # muted
+    return (a + (b - a) * field[..., None]).clip(0, 255).astype(np.uint8)
 
 
 def _stripes(rng: np.random.Generator, side: int) -> np.ndarray:
@@ -152,7 +154,7 @@ def _clutter(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
             Image.fromarray(((level > np.quantile(level, 0.7)) * 255).astype(np.uint8)), (int(x) - r, int(y) - r)
         )
     seen = np.asarray(mask) > 127
-    picture[seen] = rng.uniform(0, 255, 3)
+    picture[seen] = rng.uniform(30, 225) + rng.uniform(-30, 30, 3)
     return seen
 
 
@@ -196,7 +198,7 @@ def _outline(rng: np.random.Generator, label: int, extent: float, side: int) -> 
 def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray) -> None:
     """Fill a shape, in place, with a colour, stripes or grain, shaded from one side to the other."""
     side = picture.shape[0]
-    a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
+    a, b = _vivid(rng), _vivid(rng)
     kind = rng.integers(3)
     if kind == 0:
         field = np.linspace(0, 0.4, side)[None].repeat(side, 0)
@@ -204,8 +206,9 @@ def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray) -> N
         field = _stripes(rng, side) * 0.5
     else:
         field = rng.random((side, side)) * 0.4
-    color = a + (b - a) * field[mask][:, None]
-    behind = picture[mask].mean(0)
-    if np.abs(color.mean(0) - behind).max() < 40:  # a shape must differ from what it lies on
-        color = 255 - color if np.abs(255 - 2 * behind).max() > 60 else color * 0.3
-    picture[mask] = color.clip(0, 255).astype(np.uint8)
+    picture[mask] = (a + (b - a) * field[mask][:, None]).astype(np.uint8)
+
+
+def _vivid(rng: np.random.Generator) -> np.ndarray:
+    """A saturated colour of any hue: float [3], 0..255."""
+    return np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1.0), rng.uniform(0.5, 1.0))) * 255

@@ -88,7 +88,8 @@ class Logger:
         if not active:
             return
         self.table = Table(folder / "results.csv", until_step=start)
-        self.bar = tqdm(total=iters, initial=start, unit="it", dynamic_ncols=True, file=sys.stdout, mininterval=1.0)
+        every = 1.0 if sys.stdout.isatty() else 20.0  # seconds; a log file needs no animation
+        self.bar = tqdm(total=iters, initial=start, unit="it", dynamic_ncols=True, file=sys.stdout, mininterval=every)
         self.events = _tensorboard(folder)
 
     def say(self, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import IO
 
 from ssod.errors import UserError
 
-_held: list[IO[str]] = []  # locks live as long as the process
+_held: dict[Path, IO[str]] = {}  # run folders this process holds
 
 
 def new_run(project: str, mode: str, name: str, exist_ok: bool) -> Path:
@@ -43,7 +43,12 @@ def lock_run(folder: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()}")
     file.flush()
-    _held.append(file)
+    _held[folder.resolve()] = file
+
+
+def unlock_run(folder: Path) -> None:
+    """Let go of a run folder that this process holds."""
+    _held.pop(folder.resolve()).close()
 
 
 def last_run(project: str, name: str) -> Path:

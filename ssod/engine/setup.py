@@ -113,7 +113,7 @@ def plan_run(config: TrainConfig, data: TrainData) -> Plan:
             f"burn_in={config.burn_in} leaves none of the {iters} steps for the unlabelled images. "
             "Lower burn_in or raise iters."
         )
-    return Plan(iters, burn_in if data.unlabeled else iters, config.ema_decay)
+    return Plan(iters, min(burn_in, iters), config.ema_decay)
 
 
 def check_options(config: TrainConfig) -> None:

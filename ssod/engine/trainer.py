@@ -23,7 +23,7 @@ from ssod.engine.diagnose import Starvation
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
-from ssod.engine.run import environment, last_run, lock_run, new_run, resume_folder
+from ssod.engine.run import environment, last_run, lock_run, new_run, resume_folder, unlock_run
 from ssod.engine.setup import build, build_data, check_options
 from ssod.errors import UserError
 from ssod.nn.precision import amp_dtype, autocast
@@ -48,8 +48,30 @@ class SemiTrainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.folder, resumed, config = _folder_and_state(config)
+        folder, resumed, config = _folder_and_state(config)
         self.config = config
+        self.step = 0  # steps done
+        self.best: dict[str, Any] = {"AP": -1.0, "step": 0, "use": "student"}
+        self.history: list[dict[str, Any]] = []  # one entry a validation
+        self.bad: dict[str, str] = {}  # images that could not be read: path -> reason
+        self._asked: int | None = None  # signal that asked to stop
+        self._since_best = 0
+        self._saved = -1  # step of last.pt
+        try:
+            self._prepare()
+            if resumed is not None:
+                self._restore(resumed, folder)
+        except BaseException:
+            if folder is not None:
+                unlock_run(folder)
+            raise
+        self.folder = folder or new_run(config.project, "train", config.name, config.exist_ok)
+        (self.folder / "weights").mkdir(exist_ok=True)
+        sweep(self.folder / "weights")
+
+    def _prepare(self) -> None:
+        """Data, networks, optimizer, number format: everything that the config alone decides."""
+        config = self.config
         check_options(config)
         self.device = pick_device(config.device)
         dist.init(self.device)
@@ -62,70 +84,64 @@ class SemiTrainer:
         self.optimizer = build_optimizer(self.strategy, config)
         self.dtype = amp_dtype(config.amp, self.device, self.strategy)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step = 0  # steps done
-        self.best: dict[str, Any] = {"AP": -1.0, "step": 0, "use": "student"}
-        self.history: list[dict[str, Any]] = []  # one entry a validation
-        self.bad: dict[str, str] = {}  # images that could not be read: path -> reason
-        self._asked: int | None = None
-        self._since_best = 0
-        if resumed is not None:
-            self._restore(resumed)
-        if self.folder is None:
-            self.folder = new_run(config.project, "train", config.name, config.exist_ok)
-        (self.folder / "weights").mkdir(exist_ok=True)
-        sweep(self.folder / "weights")
 
     # -- the loop
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary that metrics.json holds. Raises Stopped when asked to stop."""
-        config, plan = self.config, self.plan
-        (self.folder / "args.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (self.folder / "args.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
-        log = Logger(self.folder, plan.iters, self.step, active=dist.is_main())
+        log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
+        try:
+            with _signals(self):
+                self._loop(log)
+            return self._finish(log)
+        finally:
+            log.close()
+            dist.close()
+            unlock_run(self.folder)
+
+    def _loop(self, log: Logger) -> None:
+        config, plan = self.config, self.plan
         for line in [*self.data.notes, self.note, self._headline()]:
             log.say(line)
         wrapped = dist.wrap(self.strategy, self.device)
         averages, starvation, skipped = Averages(), Starvation(self.data.unlabeled != []), 0
         every = max(1, min(50, plan.iters // 100))
         started = time.monotonic()
-        with _signals(self):
-            try:
-                for batches in self._batches():
-                    set_lr(self.optimizer, lr_at(self.step, plan.iters, config))
-                    finite = self._step(wrapped, batches, averages)
-                    skipped = 0 if finite else skipped + 1
-                    if skipped >= SKIPS:
-                        raise UserError(
-                            f"the gradients were not finite for {SKIPS} steps up to step {self.step}. The last good "
-                            f"weights are in {self.folder / 'weights'}; go on from them with a lower lr0 or amp=false."
-                        )
-                    log.step(self.step)
-                    self.step += 1
-                    if self.step % every == 0 or self.step == plan.iters:
-                        values = averages.read() | {"lr": lr_at(self.step - 1, plan.iters, config)}
-                        log.row(self.step, values | {"seconds": time.monotonic() - started})
-                        if alarm := starvation.look(values):
-                            log.say(alarm)
-                    if self._is_due():
-                        self._validate(log)
-                        if 0 < config.patience <= self._since_best:
-                            log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
-                            break
-                    if self.step % config.save_interval == 0:
-                        self._save("last.pt")
-                    if config.save_period and self.step % config.save_period == 0:
-                        self._save(f"step{self.step}.pt")
-                    if self._asked is not None:
-                        raise Stopped(self._asked)
-            except BaseException:
-                if self.step and skipped == 0:
+        try:
+            for batches in self._batches():
+                set_lr(self.optimizer, lr_at(self.step, plan.iters, config))
+                finite = self._step(wrapped, batches, averages)
+                skipped = 0 if finite else skipped + 1
+                if skipped >= SKIPS:
+                    raise UserError(
+                        f"the gradients were not finite for {SKIPS} steps up to step {self.step}. The last good "
+                        f"weights are in {self.folder / 'weights'}; go on from them with a lower lr0 or amp=false."
+                    )
+                log.step(self.step)
+                self.step += 1
+                if self.step % every == 0 or self.step == plan.iters:
+                    values = averages.read() | {"lr": lr_at(self.step - 1, plan.iters, config)}
+                    log.row(self.step, values | {"seconds": time.monotonic() - started})
+                    if alarm := starvation.look(values):
+                        log.say(alarm)
+                if self._is_due():
+                    self._validate(log)
+                    if 0 < config.patience <= self._since_best:
+                        log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
+                        break
+                if self.step % config.save_interval == 0:
                     self._save("last.pt")
-                raise
-            finally:
-                log.close()
+                if config.save_period and self.step % config.save_period == 0:
+                    self._save(f"step{self.step}.pt")
+                if self._asked is not None:
+                    raise Stopped(self._asked)
+        except BaseException:
+            if self.step and skipped == 0:
+                self._save("last.pt")
+            raise
         self._save("last.pt")
-        return self._finish(log)
 
     def _step(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> bool:
         """One optimizer step over its micro-batches; False when it was skipped because it was not finite."""
@@ -157,7 +173,7 @@ class SemiTrainer:
         """Micro-batches of every step still to do. Unlabelled images are not even read during burn-in."""
         for first, last, per_step in (
             (0, self.plan.burn_in, 0),
-            (self.plan.burn_in, self.plan.iters, self.config.unlabeled_per_step),
+            (self.plan.burn_in, self.plan.iters, self.config.unlabeled_per_step if self.data.unlabeled else 0),
         ):
             start = max(first, self.step)
             if start < last:
@@ -224,7 +240,7 @@ class SemiTrainer:
         networks = self.strategy.networks()
         if self.config.eval_on in networks:
             networks = {self.config.eval_on: networks[self.config.eval_on]}
-        elif self.step < self.plan.burn_in and self.strategy.uses_unlabeled:
+        elif self.step < self.plan.burn_in:
             networks = {"student": self.strategy.student}  # the teacher has not begun
         scores: dict[str, Metrics] = {}
         if dist.is_main():
@@ -252,7 +268,7 @@ class SemiTrainer:
 
     def _save(self, name: str) -> None:
         """best.pt holds the networks; any other name also holds all that resuming needs."""
-        if not dist.is_main():
+        if not dist.is_main() or (name == "last.pt" and self._saved == self.step):
             return
         content: dict[str, Any] = {
             "format": FORMAT,
@@ -279,11 +295,13 @@ class SemiTrainer:
             }
         weights = self.folder / "weights"
         save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
+        if name == "last.pt":
+            self._saved = self.step
 
-    def _restore(self, train: dict[str, Any]) -> None:
+    def _restore(self, train: dict[str, Any], folder: Path | None) -> None:
         if train["step"] >= self.plan.iters:
             raise UserError(
-                f"{self.folder} is finished ({train['step']} of {self.plan.iters} steps). "
+                f"{folder} is finished ({train['step']} of {self.plan.iters} steps). "
                 f"To go on, give a larger iters= or epochs=."
             )
         self.strategy.load_state_dict(train["strategy"])
@@ -326,7 +344,6 @@ class SemiTrainer:
 
                 plot_run(self.folder, log.table, self.plan.burn_in if self.strategy.uses_unlabeled else None)
                 self._draw_val()
-        dist.close()
         return summary
 
     def _draw_val(self) -> None:
@@ -335,7 +352,7 @@ class SemiTrainer:
         draw_predictions(self.folder / "predictions.png", self.folder / "weights" / "best.pt", self.data.val[:12])
 
 
-def _folder_and_state(config: TrainConfig) -> tuple[Any, dict[str, Any] | None, TrainConfig]:
+def _folder_and_state(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None, TrainConfig]:
     """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
     and on another device."""
     if not config.resume:
