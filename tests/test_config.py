@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -136,10 +137,8 @@ def test_a_training_recipe_also_serves_the_other_modes() -> None:
 
 @given(st.lists(st.text(max_size=20), max_size=4), st.sampled_from(list(MODES)))
 def test_any_words_give_a_config_or_one_sentence(words: list[str], mode: str) -> None:
-    try:
+    with contextlib.suppress(UserError):  # anything else escapes and fails
         load_config(mode, parse_words(words))
-    except UserError as error:
-        assert str(error)
 
 
 @given(
@@ -150,7 +149,5 @@ def test_any_words_give_a_config_or_one_sentence(words: list[str], mode: str) ->
     )
 )
 def test_any_values_give_a_config_or_one_sentence(values: dict[str, object]) -> None:
-    try:
+    with contextlib.suppress(UserError):
         load_config("train", values)
-    except UserError as error:
-        assert str(error)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssod.data.draw import draw_boxes
 from ssod.data.image import read_image
-from ssod.deploy.draw import draw_boxes
 from ssod.structures import Instances
 
 

@@ -29,7 +29,9 @@ STRIDES = (8, 16, 32, 64, 128)
 class FCOSOptions(DetectorOptions):
     fpn_channels: int = Field(256, ge=8, description="width of the pyramid and of the head")
     head_convs: int = Field(4, ge=0, description="3x3 convolutions before each prediction")
-    head_groups: int = Field(32, ge=1, description="groups of the group norm in the head; divides fpn_channels")
+    head_groups: int | None = Field(
+        None, ge=1, description="groups of the group norm in the head; default: 8 channels a group, at most 32 groups"
+    )
     center_radius: float = Field(1.5, gt=0, description="points within radius * stride of a box centre learn the box")
     focal_alpha: float = Field(0.25, ge=0, le=1, description="weight of positives in the focal loss")
     focal_gamma: float = Field(2.0, ge=0, description="how strongly the focal loss turns from easy candidates")
@@ -57,11 +59,6 @@ class FCOS(Detector):
         super().__init__()
         self.num_classes = num_classes
         self.options = options = options or FCOSOptions()
-        if options.fpn_channels % options.head_groups:
-            raise UserError(
-                f"detector.head_groups={options.head_groups} does not divide detector.fpn_channels="
-                f"{options.fpn_channels}; choose e.g. head_groups={math.gcd(options.fpn_channels, 32)}."
-            )
         self.codec = GIoUCodec()
         self.anchors = AnchorGrid(square_cells(STRIDES))
         self.backbone = Backbone(backbone, STRIDES[:3], frozen_norm, freeze)
@@ -194,11 +191,18 @@ class FCOS(Detector):
 
 
 def _tower(options: FCOSOptions) -> nn.Sequential:
-    channels, layers = options.fpn_channels, []
+    channels = options.fpn_channels
+    groups = options.head_groups or max(1, min(32, channels // 8))
+    if channels % groups or channels == groups:  # one channel a group leaves nothing to normalise on a 1 x 1 map
+        raise UserError(
+            f"detector.head_groups={groups} does not divide detector.fpn_channels={channels} into groups of two or more; "
+            f"choose e.g. head_groups={math.gcd(channels // 2, 32)}."
+        )
+    layers: list[nn.Module] = []
     for _ in range(options.head_convs):
         layers += [
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(options.head_groups, channels),
+            nn.GroupNorm(groups, channels),
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers)

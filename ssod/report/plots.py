@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ssod.data.draw import draw_boxes, fit, sheet
 from ssod.data.image import read_image
 from ssod.data.samples import Sample
-from ssod.deploy.draw import draw_boxes, sheet
 from ssod.deploy.predictor import Predictor
-from ssod.engine.log import Table
+from ssod.report.table import Table
 
 matplotlib.use("Agg")  # files only: no display is needed
 TILE = 320  # pixels, long side of a drawn image
@@ -77,16 +77,14 @@ def _pseudo(ax: Axes, table: Table) -> None:
 def draw_predictions(path: Path, model: Path, samples: Sequence[Sample], conf: float = 0.3) -> Path:
     """A sheet of images: predictions with scores, annotations dashed without captions."""
     predictor = Predictor(model, device="cpu", conf=conf)
-    tiles = []
+    tiles, titles = [], []
     by_path = {str(s.path): s for s in samples}
     for result in predictor([str(s.path) for s in samples]):
         sample = by_path[str(result.path)]
-        image = read_image(sample.path)
-        scale = TILE / max(image.shape[:2])
-        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        image, scale = fit(read_image(sample.path), TILE)
         image = draw_boxes(image, sample.boxes * scale, sample.labels.tolist(), [""] * len(sample.boxes), dashed=True)
         captions = [f"{r['name']} {r['confidence']:.2f}" for r in result.summary()]
+        titles.append(f"{sample.path.name}: {len(sample.boxes)} annotated (dashed), {len(result)} predicted")
         tiles.append(draw_boxes(image, result.boxes.xyxy.numpy() * scale, result.boxes.cls.tolist(), captions))
-    Image.fromarray(sheet(tiles)).save(path)
+    Image.fromarray(sheet(tiles, titles)).save(path)
     return path

@@ -14,6 +14,7 @@ from PIL import Image
 from small_sets import CocoFolder, YoloFolder, picture
 
 from ssod.data.doctor import check_data, draw_samples
+from ssod.data.draw import class_color
 from ssod.data.samples import BOX_DROPPED, IMAGE_UNREADABLE, count_problems
 from ssod.data.sources import load_data
 from ssod.errors import UserError
@@ -149,8 +150,8 @@ def test_contact_sheet(coco_folder: CocoFolder, tmp_path: Path) -> None:
     sheets = [draw_samples(data, 2, tmp_path / "out" / f"{i}.png", seed=0) for i in range(2)]
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
     pixels = np.asarray(Image.open(sheets[0])).astype(int)
-    # In one image, upright and ten times as large, the box of a carp (class 0: red) must lie where the scale puts it.
-    red = (np.abs(pixels - [191, 29, 29]) <= 1).all(axis=2)
+    # In one image, upright and ten times as large, the box of a carp (class 0) must lie where the scale puts it.
+    red = (np.abs(pixels - class_color(0)) <= 1).all(axis=2)
     ys, xs = np.nonzero(red)
     assert xs.max() - xs.min() == pytest.approx(10.5 * 10, abs=2)
     assert ys.max() - ys.min() == pytest.approx(10 * 10 + 13, abs=2)  # with its name above

@@ -233,7 +233,7 @@ def test_regions_of_one_network_can_be_judged_by_another(images):
         ({"name": "fcos", "num_classes": 3, "backbone": "resnet49"}, "'resnet49' is not a backbone"),
         ({"name": "fcos", "num_classes": 3, "options": {"fpn_chanels": 8}}, "Did you mean 'fpn_channels'"),
         ({"name": "fcos", "num_classes": 3, "options": {"head_convs": "4"}}, "detector.head_convs='4' is not valid"),
-        ({"name": "fcos", "num_classes": 3, "options": {"fpn_channels": 100}}, "head_groups=32 does not divide"),
+        ({"name": "fcos", "num_classes": 3, "options": {"fpn_channels": 100}}, "head_groups=12 does not divide"),
     ],
 )
 def test_wrong_input_is_said_in_one_sentence(arguments, message):

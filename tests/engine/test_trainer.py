@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_in_its_folder(tiny: Tiny) -> None:
     names = {p.name for p in folder.iterdir()}
     assert {"args.yaml", "env.txt", "results.csv", "metrics.json", "results.png", "predictions.png"} <= names
     assert {p.name for p in (folder / "weights").iterdir()} == {"best.pt", "last.pt", "previous.pt"}
-    rows = list(csv.DictReader(open(folder / "results.csv")))
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     assert [int(r["step"]) for r in rows if r["sup/cls"]] == [1, 2, 3, 4, 5, 6]
     assert [r["unsup/cls"] != "" for r in rows if r["sup/cls"]] == [False] * 3 + [True] * 3
     assert [int(r["step"]) for r in rows if r["val/student/AP"]] == [3, 6]
@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tiny: Tiny, name: str, 
     a, b = (load_checkpoint(t.folder / "weights" / "last.pt")["train"] for t in (whole, resumed))
     for key in ("strategy", "optimizer", "scaler", "rng", "step", "best", "history"):
         assert same(a[key], b[key]), key
-    curves = [open(t.folder / "results.csv").read() for t in (whole, resumed)]
+    curves = [(t.folder / "results.csv").read_text() for t in (whole, resumed)]
     kept = [[{k: v for k, v in r.items() if k != "seconds"} for r in csv.DictReader(c.splitlines())] for c in curves]
     assert kept[0] == kept[1]
 
@@ -117,7 +117,7 @@ def test_the_comparison_above_notices_a_lost_state(tiny: Tiny) -> None:
 
 def test_a_finished_run_is_not_resumed_but_may_be_made_longer(tiny: Tiny) -> None:  # 20
     trainer, _ = run(tiny, iters=4)
-    with pytest.raises(UserError, match="is finished .4 of 4 steps.*larger iters="):
+    with pytest.raises(UserError, match=r"is finished .4 of 4 steps.*larger iters="):
         SemiTrainer(load_config("train", {"resume": True, "project": tiny["project"]}))
     longer = SemiTrainer(load_config("train", {"resume": str(trainer.folder), "iters": 6}))
     assert (longer.step, longer.plan.iters, longer.plan.burn_in) == (4, 6, 3)

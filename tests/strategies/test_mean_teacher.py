@@ -142,7 +142,7 @@ def test_the_supervised_control_has_no_teacher_unless_asked() -> None:
 
 @pytest.mark.parametrize("options", [{"taw": 0.5}, {"tau": "high"}, {"weight": -1.0}, {"box_loss": 1}])
 def test_wrong_options_get_one_sentence(options: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="strategy."):
+    with pytest.raises(UserError, match=r"strategy\."):
         build_strategy("mean_teacher", detector(), options, Plan(1, 0, 0.9))
 
 

@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """A colour per class: hues by the golden ratio, so that neighbours differ."""
+    """A colour per class: hues by the golden ratio, so that neighbours differ; gray for -1 (crowds)."""
+    if label < 0:
+        return 150, 150, 150
     r, g, b = colorsys.hsv_to_rgb((0.02 + label * 0.618034) % 1.0, 0.75, 0.95)
     return int(r * 255), int(g * 255), int(b * 255)
 
@@ -62,12 +64,27 @@ def _dashed(pen: ImageDraw.ImageDraw, box: list[float], color: tuple[int, int, i
             )
 
 
-def sheet(tiles: Sequence[np.ndarray], columns: int = 4, gap: int = 6) -> np.ndarray:
-    """Tiles (uint8 [h, w, 3], any sizes) on one white page, in reading order."""
-    h, w = max(t.shape[0] for t in tiles), max(t.shape[1] for t in tiles)
-    rows = -(-len(tiles) // columns)
-    page = np.full((rows * (h + gap) + gap, min(columns, len(tiles)) * (w + gap) + gap, 3), 255, np.uint8)
-    for i, tile in enumerate(tiles):
-        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
-        page[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-    return page
+def fit(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+    """The image resized to a long side of `side` pixels, and the factor that took it there."""
+    factor = side / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)), factor
+
+
+def sheet(tiles: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4, gap: int = 8) -> np.ndarray:
+    """Tiles (uint8 [h, w, 3], any sizes) on one white page in reading order, each with its title below."""
+    columns = min(columns, len(tiles))
+    line = 18  # pixels of a title
+    width = max(t.shape[1] for t in tiles)
+    rows = [range(i, min(i + columns, len(tiles))) for i in range(0, len(tiles), columns)]
+    heights = [max(tiles[i].shape[0] for i in row) + line + gap for row in rows]
+    page = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + gap), (255, 255, 255))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default()
+    y = gap
+    for row, height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            x = gap + column * (width + gap)
+            page.paste(Image.fromarray(tiles[i]), (x, y))
+            pen.text((x + 2, y + tiles[i].shape[0] + 3), titles[i], fill=(40, 40, 40), font=font)
+        y += height
+    return np.asarray(page)

@@ -1,0 +1,94 @@
+"""Learning rate, groups, number formats; the log's table; studies."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ssod.config import load_config
+from ssod.engine.diagnose import Starvation
+from ssod.engine.log import Averages, progress_text
+from ssod.engine.optim import build_optimizer, lr_at
+from ssod.nn import precision
+from ssod.nn.precision import amp_dtype
+from ssod.report.study import table
+from ssod.report.table import Table
+
+
+def test_learning_rate_by_hand() -> None:
+    config = load_config("train", {"lr0": 1.0, "warmup_iters": 10, "schedule": "multistep", "milestones": [0.6, 0.8]})
+    assert lr_at(0, 100, config) == pytest.approx(0.001)
+    assert lr_at(5, 100, config) == pytest.approx(0.001 + 0.999 / 2)
+    assert [lr_at(s, 100, config) for s in (10, 59, 60, 80)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert lr_at(2, 20, config) == pytest.approx(1)  # warm-up is at most a tenth of the run
+    cosine = load_config("train", {"lr0": 1.0, "warmup_iters": 0, "schedule": "cosine"})
+    assert lr_at(50, 100, cosine) == pytest.approx(0.01 + 0.99 / 2)
+    assert lr_at(0, 100, cosine) == pytest.approx(1)
+
+
+def test_norms_and_biases_are_not_decayed_and_frozen_parameters_left_out() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2).requires_grad_(False))
+    optimizer = build_optimizer(net, load_config("train", {"weight_decay": 0.3}))
+    decayed, plain = optimizer.param_groups
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+    assert decayed["weight_decay"] == 0.3
+    assert len(plain["params"]) == 3
+    assert plain["weight_decay"] == 0
+
+
+def test_automatic_precision_avoids_bf16_for_depthwise_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    plain, depthwise = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    assert amp_dtype("auto", cpu, plain) == torch.bfloat16
+    assert amp_dtype("auto", cpu, depthwise) is None
+    assert amp_dtype("bf16", cpu, depthwise) == torch.bfloat16
+    assert amp_dtype(False, cpu, plain) is None
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert amp_dtype("auto", cpu, plain) is None
+
+
+def test_averages_are_means_of_what_was_there() -> None:
+    a = Averages()
+    a.add({"x": torch.tensor(1.0, requires_grad=True), "y": 2.0})
+    a.add({"x": 3.0})
+    assert a.read() == {"x": 2.0, "y": 2.0}
+    assert a.read() == {}
+
+
+def test_the_table_takes_new_columns_and_forgets_what_came_after_a_checkpoint(tmp_path: Path) -> None:
+    t = Table(tmp_path / "r.csv")
+    t.add({"step": 10, "a": 1.0})
+    t.add({"step": 20, "b": 2.0})
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert rows == [{"step": "10", "a": "1", "b": ""}, {"step": "20", "a": "", "b": "2"}]
+    again = Table(tmp_path / "r.csv", until_step=10)
+    again.add({"step": 20, "a": 5.0})
+    assert again.series("a") == ([10, 20], [1.0, 5.0])
+    assert again.series("b") == ([], [])
+
+
+def test_the_progress_line_shows_both_losses_and_what_the_teacher_gave() -> None:
+    values = {"sup/cls": 0.5, "sup/box": 0.25, "unsup/cls": 0.125}
+    values |= {"pseudo/per_image": 12.34, "pseudo/kept": 0.4, "pseudo/tau": 0.5}
+    assert progress_text(values) == "sup 0.750 unsup 0.125 | 12.3 boxes/img, 40% kept, tau 0.50"
+
+
+def test_starvation_is_said_once_after_three_lines() -> None:
+    hungry = {"pseudo/per_image": 0.0, "pseudo/labeled_per_image": 4.0, "pseudo/tau": 0.9}
+    alarm = Starvation(True)
+    said = [alarm.look(v) for v in ({}, hungry, hungry, hungry | {"pseudo/per_image": 3.0}, *[hungry] * 6)]
+    assert [s is not None for s in said] == [False] * 6 + [True] + [False] * 3
+    assert Starvation(False).look(hungry) is None
+
+
+def test_the_study_table_by_hand() -> None:
+    def result(ap: float) -> dict[str, object]:
+        return {"burn_in": None, "final": {"student": {"AP": ap, "AP50": 2 * ap, "AP75": 0.0}}}
+
+    text = table({"control": [result(0.1), result(0.2), result(0.3)]})
+    assert "| control | student | 3 | 20.0 ± 10.0 | 40.0 ± 20.0 | 0.0 ± 0.0 | 10.0, 20.0, 30.0 |" in text
