@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
+T = TypeVar("T")
 
-def init(device: torch.device) -> None:
-    """Join the process group that torchrun announced in the environment; does nothing for a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():
+
+def init(device: torch.device) -> torch.device:
+    """Join the process group that torchrun announced in the environment, and return this process's device: on CUDA
+    the one of its local rank. A single process keeps its device and joins nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if not td.is_initialized():
         td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
+    if device.type != "cuda":
+        return device
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(own)
+    return own
 
 
 def close() -> None:
@@ -43,6 +55,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank when it is true on one."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item()) if td.is_initialized() else flag
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; the others do not call it."""
+    made = [make() if is_main() else None]
+    if td.is_initialized():
+        td.broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
 
 
 def barrier() -> None:

@@ -195,8 +195,8 @@ def _tower(options: FCOSOptions) -> nn.Sequential:
     groups = options.head_groups or max(1, min(32, channels // 8))
     if channels % groups or channels == groups:  # one channel a group leaves nothing to normalise on a 1 x 1 map
         raise UserError(
-            f"detector.head_groups={groups} does not divide detector.fpn_channels={channels} into groups of two or more; "
-            f"choose e.g. head_groups={math.gcd(channels // 2, 32)}."
+            f"detector.head_groups={groups} does not divide detector.fpn_channels={channels} into groups of two or "
+            f"more; choose e.g. head_groups={math.gcd(channels // 2, 32)}."
         )
     layers: list[nn.Module] = []
     for _ in range(options.head_convs):

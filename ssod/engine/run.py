@@ -30,8 +30,10 @@ def new_run(project: str, mode: str, name: str, exist_ok: bool) -> Path:
 def lock_run(folder: Path) -> None:
     """Hold the run folder for this process; the system frees it when the process ends, however it ends.
 
-    Raises UserError when another process holds it.
+    Of several processes of one run only the first holds it. Raises UserError when another run holds it.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - held open on purpose
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +50,8 @@ def lock_run(folder: Path) -> None:
 
 def unlock_run(folder: Path) -> None:
     """Let go of a run folder that this process holds."""
-    _held.pop(folder.resolve()).close()
+    if folder.resolve() in _held:
+        _held.pop(folder.resolve()).close()
 
 
 def last_run(project: str, name: str) -> Path:

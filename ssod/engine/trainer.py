@@ -65,16 +65,18 @@ class SemiTrainer:
             if folder is not None:
                 unlock_run(folder)
             raise
-        self.folder = folder or new_run(config.project, "train", config.name, config.exist_ok)
-        (self.folder / "weights").mkdir(exist_ok=True)
-        sweep(self.folder / "weights")
+        self.folder = folder or dist.from_main(self._new_folder)
+
+    def _new_folder(self) -> Path:
+        folder = new_run(self.config.project, "train", self.config.name, self.config.exist_ok)
+        (folder / "weights").mkdir(exist_ok=True)
+        return folder
 
     def _prepare(self) -> None:
         """Data, networks, optimizer, number format: everything that the config alone decides."""
         config = self.config
         check_options(config)
-        self.device = pick_device(config.device)
-        dist.init(self.device)
+        self.device = dist.init(pick_device(config.device))
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic = config.deterministic
         self.data = build_data(config)
@@ -89,8 +91,9 @@ class SemiTrainer:
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary that metrics.json holds. Raises Stopped when asked to stop."""
-        (self.folder / "args.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
+        if dist.is_main():
+            (self.folder / "args.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
         log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
         try:
             with _signals(self):
@@ -359,6 +362,7 @@ def _folder_and_state(config: TrainConfig) -> tuple[Path | None, dict[str, Any] 
         return None, None, config
     folder = last_run(config.project, config.name) if config.resume is True else resume_folder(str(config.resume))
     lock_run(folder)
+    sweep(folder / "weights")
     content, said = load_last_good(folder / "weights")
     if said:
         print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
