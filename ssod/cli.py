@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssod import __version__
-from ssod.errors import UserError, did_you_mean
+from ssod.errors import Fault, UserError, did_you_mean
 
 SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ssod: interrupted.", file=sys.stderr)
         return 130
-    except OSError as error:
+    except (Fault, OSError) as error:
         if verbose:
             raise
-        print(f"ssod: {error}. (verbose=true shows where.)", file=sys.stderr)
+        print(f"ssod: {error}", file=sys.stderr)
         return 1
 
 

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend: one sentence, exit code 2, no traceback."""
+"""What ends a program with one sentence instead of a traceback: the user's mistake (exit code 2) or a fault (1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A wrong input, said in one sentence: what is wrong, where, and the way out."""
+
+
+class Fault(RuntimeError):
+    """A failure of the machine or the run, said in one sentence: a worker died, the loss is not finite."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

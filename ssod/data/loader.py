@@ -23,7 +23,7 @@ from ssod.data.reader import ImageCache, Reader
 from ssod.data.samples import Sample
 from ssod.data.streams import Stream, generator
 from ssod.data.transforms import Chain, Views
-from ssod.errors import UserError
+from ssod.errors import Fault, UserError
 from ssod.structures import Instances, SemiBatch, View
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ MAX_BAD_IN_A_ROW = 100
 WEAK = 0  # the number of the weak view among the views of an image; the others count from 1
 
 
-class LoaderError(RuntimeError):
+class LoaderError(Fault):
     """A worker of the loader died or gave nothing for `timeout` seconds."""
 
 

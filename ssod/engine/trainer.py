@@ -25,7 +25,7 @@ from ssod.engine.log import Averages, Logger
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.run import environment, last_run, lock_run, new_run, resume_folder, unlock_run
 from ssod.engine.setup import build, build_data, check_options
-from ssod.errors import UserError
+from ssod.errors import Fault, UserError
 from ssod.nn.precision import amp_dtype, autocast
 from ssod.structures import SemiBatch
 
@@ -118,7 +118,7 @@ class SemiTrainer:
                 finite = self._step(wrapped, batches, averages)
                 skipped = 0 if finite else skipped + 1
                 if skipped >= SKIPS:
-                    raise UserError(
+                    raise Fault(
                         f"the gradients were not finite for {SKIPS} steps up to step {self.step}. The last good "
                         f"weights are in {self.folder / 'weights'}; go on from them with a lower lr0 or amp=false."
                     )

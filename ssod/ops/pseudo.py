@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssod.structures import Instances
+from ssod.ops.assign import pad_targets
+from ssod.structures import Candidates, Instances, Weigh, Weights
 
 BINS = 100
 
@@ -14,6 +15,27 @@ def above(instances: Instances, tau: Tensor) -> Instances:
     """Keep detections whose score reaches the threshold of their class: tau [K], 0..1."""
     assert instances.scores is not None
     return instances[instances.scores >= tau[instances.labels]]
+
+
+def below(instances: Instances, tau: Tensor) -> Instances:
+    """The other detections: those that `above` leaves out."""
+    assert instances.scores is not None
+    return instances[instances.scores < tau[instances.labels]]
+
+
+def ignore_within(uncertain: list[Instances]) -> Weigh:
+    """Weights that take background candidates out of the class loss where their centre lies in an uncertain box of
+    their image: there may be an object, and a student that learns "background" there would unlearn it."""
+    padded = pad_targets(uncertain)
+
+    def weigh(candidates: Candidates) -> Weights:
+        x, y = ((candidates.boxes[:, :2] + candidates.boxes[:, 2:]) / 2).unbind(1)  # [M]
+        x1, y1, x2, y2 = padded.boxes[candidates.image].unbind(2)  # [M, U]
+        inside = (x[:, None] >= x1) & (x[:, None] <= x2) & (y[:, None] >= y1) & (y[:, None] <= y2)
+        doubtful = (inside & padded.valid[candidates.image]).any(1) & (candidates.matched < 0)
+        return Weights(cls=(~doubtful).float())
+
+    return weigh
 
 
 def class_counts(instances: list[Instances], num_classes: int) -> Tensor:

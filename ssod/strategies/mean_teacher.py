@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.detectors.base import Detector
-from ssod.ops.pseudo import BINS, above, class_counts, matching_thresholds, score_histogram
+from ssod.ops.pseudo import BINS, above, below, class_counts, ignore_within, matching_thresholds, score_histogram
 from ssod.ops.views import between, map_instances
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.structures import Instances, SemiBatch
@@ -30,12 +30,18 @@ class MeanTeacher(Strategy):
             description="lowest score of a pseudo box; auto: per class, so that the teacher "
             "draws as many boxes an image as the labelled images have",
         )
-        tau_low: float = Field(0.3, ge=0, le=1, description="tau=auto never goes below this")
+        tau_low: float = Field(
+            0.3, ge=0, le=1, description="no box below this score is looked at; tau=auto stays above it"
+        )
         tau_high: float = Field(0.9, ge=0, le=1, description="tau=auto never goes above this")
         weight: float = Field(1.0, ge=0, description="w_u, weight of the unlabelled images' loss")
         ramp: int = Field(0, ge=0, description="steps after burn-in over which w_u grows from 0")
         nms: float = Field(0.6, gt=0, le=1, description="NMS threshold of the teacher's boxes")
         max_boxes: int = Field(100, ge=1, description="most pseudo boxes of one image before the threshold")
+        ignore: bool = Field(
+            True,
+            description="boxes between tau_low and tau are neither object nor background: nothing learns from them",
+        )
         box_loss: bool = Field(True, description="learn boxes from pseudo boxes too, not only classes")
 
     options: Options
@@ -66,12 +72,11 @@ class MeanTeacher(Strategy):
         detections = self.detect(batch)
         tau = self.thresholds(detections)
         to_strong = between(batch.weak.matrices, batch.strong.matrices)  # [B, 3, 3]
-        targets = [
-            self.as_targets(map_instances(above(found, tau), to_strong[i], batch.strong.sizes[i])[0])
-            for i, found in enumerate(detections)
-        ]
+        mapped = [map_instances(d, to_strong[i], batch.strong.sizes[i])[0] for i, d in enumerate(detections)]
+        targets = [self.as_targets(above(m, tau)) for m in mapped]
+        weigh = ignore_within([below(m, tau) for m in mapped]) if self.options.ignore else None
         student, view = self.student, batch.strong
-        losses = student.loss(student.head(student.features(view.images, view.sizes)), targets)
+        losses = student.loss(student.head(student.features(view.images, view.sizes)), targets, weigh)
         weight = self.options.weight * self.ramp(step)
         found, used = sum(map(len, detections)), sum(map(len, targets))
         stats: dict[str, Tensor | float] = {
@@ -87,9 +92,10 @@ class MeanTeacher(Strategy):
     def detect(self, batch: SemiBatch) -> list[Instances]:
         """The teacher's detections in the weak view."""
         assert batch.weak is not None
-        low = self.options.tau_low if self.options.tau == "auto" else self.options.tau
+        tau, low = self.options.tau, self.options.tau_low
         view = batch.weak
-        return self.teacher(view.images, view.sizes, conf=low, iou=self.options.nms, max_det=self.options.max_boxes)
+        conf = low if tau == "auto" else min(tau, low) if self.options.ignore else tau
+        return self.teacher(view.images, view.sizes, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
 
     @torch.no_grad()
     def thresholds(self, detections: list[Instances]) -> Tensor:

@@ -22,7 +22,7 @@ from ssod.config import load_config
 from ssod.deploy.predictor import Predictor, load_detector
 from ssod.engine.run import lock_run, new_run
 from ssod.engine.trainer import SemiTrainer, Stopped
-from ssod.errors import UserError
+from ssod.errors import Fault, UserError
 
 Tiny = dict[str, Any]
 
@@ -184,7 +184,7 @@ def test_sigint_of_a_whole_process_saves_and_exits_with_130(tiny: Tiny) -> None:
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:  # 23
     folder = new_run(str(tmp_path), "train", "exp", exist_ok=True)
     code = (
-        "from ssod.engine.run import lock_run; from pathlib import Path; from ssod.errors import UserError\n"
+        "from ssod.engine.run import lock_run; from pathlib import Path; from ssod.errors import Fault, UserError\n"
         f"try: lock_run(Path({str(folder)!r})); print('mine')\n"
         "except UserError as e: print(e)\n"
     )
@@ -245,7 +245,7 @@ def test_steps_without_finite_gradients_are_skipped_and_then_stop_the_run(tiny: 
     before = {k: v.clone() for k, v in trainer.strategy.state_dict().items()}
     loss = trainer.strategy.student.loss
     trainer.strategy.student.loss = lambda *a: {k: v * float("nan") for k, v in loss(*a).items()}  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="not finite for 20 steps"):
+    with pytest.raises(Fault, match="not finite for 20 steps"):
         trainer.train()
     for name, tensor in trainer.strategy.state_dict().items():
         assert torch.isfinite(tensor.float()).all(), name

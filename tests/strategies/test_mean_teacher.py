@@ -8,11 +8,11 @@ import torch
 from ssod.detectors import build_detector
 from ssod.errors import UserError
 from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
-from ssod.ops.pseudo import BINS, above, class_counts, matching_thresholds, score_histogram
+from ssod.ops.pseudo import BINS, above, class_counts, ignore_within, matching_thresholds, score_histogram
 from ssod.strategies import build_strategy
 from ssod.strategies.base import Plan, Strategy
 from ssod.strategies.mean_teacher import MeanTeacher
-from ssod.structures import Instances, SemiBatch, View
+from ssod.structures import Candidates, Instances, SemiBatch, View
 
 SIZE = 64
 
@@ -78,7 +78,9 @@ def test_pseudo_boxes_are_mapped_into_the_strong_view(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MeanTeacher, "detect", lambda self, batch: [found, low])
     seen: list[list[Instances]] = []
     loss = s.student.loss
-    monkeypatch.setattr(s.student, "loss", lambda out, targets: seen.append(targets) or loss(out, targets))
+    monkeypatch.setattr(
+        s.student, "loss", lambda out, targets, weigh: seen.append(targets) or loss(out, targets, weigh)
+    )
     s.unsupervised(batch(), step=0)
     first, second = seen[0]
     # flipped at width 64: x1 = 64 - 20, x2 = 64 - 2
@@ -188,6 +190,38 @@ def test_pseudo_statistics_by_hand() -> None:
     per_image[0, 50], per_image[0, 80], per_image[2, 95] = 2.0, 1.0, 9.0
     tau = matching_thresholds(per_image, torch.tensor([1.0, 1.0, 1.0]), low=0.3, high=0.9)
     assert tau.tolist() == pytest.approx([0.51, 0.3, 0.9])
+
+
+def test_uncertain_boxes_take_background_out_of_the_loss_by_hand() -> None:
+    uncertain = [Instances.empty(), Instances(torch.tensor([[10.0, 10, 30, 30]]), torch.tensor([0]))]
+    candidates = Candidates(
+        boxes=torch.tensor([[10.0, 10, 14, 14]] * 4 + [[28.0, 28, 40, 40]]),  # centres (12, 12) and (34, 34)
+        image=torch.tensor([0, 1, 1, 1, 1]),
+        labels=torch.tensor([3, 3, 0, 3, 3]),
+        matched=torch.tensor([-1, -1, 0, -1, -1]),
+        stage="dense",
+    )
+    weights = ignore_within(uncertain)(candidates)
+    # another image; background inside; foreground inside; background inside; background outside
+    assert weights.cls is not None
+    assert weights.cls.tolist() == [1, 0, 1, 0, 1]
+    assert weights.box is None
+    assert ignore_within([Instances.empty()] * 2)(candidates).cls.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("name", ["fcos", "faster_rcnn"])
+def test_where_the_teacher_is_in_doubt_nothing_is_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doubtful box over the whole image leaves no background to learn from."""
+    whole = Instances(torch.tensor([[0.0, 0, SIZE, SIZE]]), torch.tensor([1]), scores=torch.tensor([0.5]))
+    monkeypatch.setattr(MeanTeacher, "detect", lambda self, batch: [whole, whole])
+    losses = {}
+    for ignore in (True, False):
+        s = strategy(name, tau=0.9, tau_low=0.1, ignore=ignore)
+        losses[ignore] = {
+            k: float(v) for k, v in s(batch(), step=0).losses.items() if k in ("unsup/cls", "unsup/rpn_cls")
+        }
+    assert all(v > 0 for v in losses[False].values())
+    assert losses[True]["unsup/cls"] < 0.2 * losses[False]["unsup/cls"]  # RoIs and points beyond the border remain
 
 
 def test_automatic_thresholds_let_through_what_people_draw() -> None:
