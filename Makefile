@@ -17,7 +17,8 @@ demo: $(READY)  ## train on the drawn demo set: under 4 minutes on 2 cores
 	$(BIN)/ssod train cfg=demo.yaml
 
 demo-full: $(READY)  ## supervised against mean_teacher, 3 seeds: 20-30 minutes on 2 cores
-	$(BIN)/python -m ssod.report.study cfg=demo_full.yaml out=runs/demo-full
+	$(BIN)/python -m ssod.report.study cfg=demo_full.yaml seeds=3 jobs=2 out=runs/demo-full \
+	  arm.supervised='strategy=supervised strategy.ema=true' arm.mean_teacher='strategy=mean_teacher'
 
 test: $(READY) lint  ## all fast tests
 	$(BIN)/python -m pytest

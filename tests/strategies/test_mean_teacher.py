@@ -218,7 +218,7 @@ def test_where_the_teacher_is_in_doubt_nothing_is_learned(name: str, monkeypatch
     for ignore in (True, False):
         s = strategy(name, tau=0.9, tau_low=0.1, ignore=ignore)
         losses[ignore] = {
-            k: float(v) for k, v in s(batch(), step=0).losses.items() if k in ("unsup/cls", "unsup/rpn_cls")
+            k: v.item() for k, v in s(batch(), step=0).losses.items() if k in ("unsup/cls", "unsup/rpn_cls")
         }
     assert all(v > 0 for v in losses[False].values())
     assert losses[True]["unsup/cls"] < 0.2 * losses[False]["unsup/cls"]  # RoIs and points beyond the border remain
