@@ -117,7 +117,8 @@ def _cfg(overrides: dict[str, Any]) -> int:
 
 
 def _train(config: Any) -> int:
-    from ssod.engine.trainer import SemiTrainer, Stopped
+    from ssod.engine.signals import Stopped
+    from ssod.engine.trainer import SemiTrainer
 
     trainer = SemiTrainer(config)
     try:

@@ -8,8 +8,10 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from ssod.checkpoint import load_last_good, sweep
+from ssod.config import TrainConfig, validate
 from ssod.errors import UserError
 
 _held: dict[Path, IO[str]] = {}  # run folders this process holds
@@ -54,7 +56,41 @@ def unlock_run(folder: Path) -> None:
         _held.pop(folder.resolve()).close()
 
 
-def last_run(project: str, name: str) -> Path:
+def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None, TrainConfig]:
+    """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
+    and on another device."""
+    if not config.resume:
+        return None, None, config
+    folder = _last_run(config.project, config.name) if config.resume is True else _resume_folder(str(config.resume))
+    lock_run(folder)
+    sweep(folder / "weights")
+    content, said = load_last_good(folder / "weights")
+    if said:
+        print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
+    values = dict(content["train"]["config"])
+    given = config.model_fields_set
+    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience"}:
+        values[key] = getattr(config, key)
+    if given & {"iters", "epochs"}:
+        values |= {"iters": config.iters, "epochs": config.epochs}
+    ignored = sorted(
+        k
+        for k in given - {"resume", "project", "name", "exist_ok"}
+        if _plain(getattr(config, k)) != _plain(values.get(k))
+    )
+    if ignored:
+        raise UserError(
+            f"a resumed run keeps its own {', '.join(ignored)} ({folder / 'args.yaml'}). "
+            "Leave these out, or start a new run with weights=."
+        )
+    return folder, content["train"], validate(TrainConfig, values, "")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _last_run(project: str, name: str) -> Path:
     """The training run folder written last, for `resume=True`. Raises UserError when there is none."""
     base = Path(project) / "train"
     folders = [p for p in base.glob(f"{name}*") if p.name == name or p.name.removeprefix(f"{name}-").isdigit()]
@@ -64,7 +100,7 @@ def last_run(project: str, name: str) -> Path:
     return max(found, key=lambda p: max(c.stat().st_mtime for c in (p / "weights").glob("*.pt")))
 
 
-def resume_folder(resume: str) -> Path:
+def _resume_folder(resume: str) -> Path:
     """The run folder of a checkpoint, a weights folder or a run folder. Raises UserError when it is none of these."""
     path = Path(resume)
     for folder in (path, path.parent, path.parent.parent):

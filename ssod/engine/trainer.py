@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import torch
 
 from ssod import __version__, dist
-from ssod.checkpoint import FORMAT, load_last_good, save_checkpoint, sweep
-from ssod.config import TrainConfig, to_yaml, validate
+from ssod.checkpoint import FORMAT, save_checkpoint
+from ssod.config import TrainConfig, to_yaml
 from ssod.data.loader import StepLoader, build_loader
 from ssod.data.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
@@ -23,21 +21,14 @@ from ssod.engine.diagnose import Starvation
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
-from ssod.engine.run import environment, last_run, lock_run, new_run, resume_folder, unlock_run
+from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.setup import build, build_data, check_options
+from ssod.engine.signals import SignalWatch, Stopped
 from ssod.errors import Fault, UserError
 from ssod.nn.precision import amp_dtype, autocast
 from ssod.structures import SemiBatch
 
 SKIPS = 20  # steps in a row without finite gradients before the run stops
-
-
-class Stopped(Exception):
-    """Asked to stop by a signal; the run is saved and `resume=True` goes on. code: 143 or 130."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.code = 128 + number
 
 
 class SemiTrainer:
@@ -48,13 +39,13 @@ class SemiTrainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        folder, resumed, config = _folder_and_state(config)
+        folder, resumed, config = resumed_run(config)
         self.config = config
         self.step = 0  # steps done
         self.best: dict[str, Any] = {"AP": -1.0, "step": 0, "use": "student"}
         self.history: list[dict[str, Any]] = []  # one entry a validation
         self.bad: dict[str, str] = {}  # images that could not be read: path -> reason
-        self._asked: int | None = None  # signal that asked to stop
+        self.signals = SignalWatch()
         self._since_best = 0
         self._saved = -1  # step of last.pt
         try:
@@ -79,6 +70,7 @@ class SemiTrainer:
         self.device = dist.init(pick_device(config.device))
         torch.manual_seed(config.seed)
         torch.backends.cudnn.deterministic = config.deterministic
+        torch.backends.cudnn.benchmark = not config.deterministic
         self.data = build_data(config)
         strategy, self.note = build(config, self.data)
         self.plan = strategy.plan
@@ -96,7 +88,7 @@ class SemiTrainer:
             (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
         log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
         try:
-            with _signals(self):
+            with self.signals:
                 self._loop(log)
             return self._finish(log)
         finally:
@@ -138,8 +130,8 @@ class SemiTrainer:
                     self._save("last.pt")
                 if config.save_period and self.step % config.save_period == 0:
                     self._save(f"step{self.step}.pt")
-                if self._asked is not None:
-                    raise Stopped(self._asked)
+                if self.signals.asked is not None:
+                    raise Stopped(self.signals.asked)
         except BaseException:
             if self.step and skipped == 0:
                 self._save("last.pt")
@@ -353,64 +345,6 @@ class SemiTrainer:
         from ssod.report.plots import draw_predictions
 
         draw_predictions(self.folder / "predictions.png", self.folder / "weights" / "best.pt", self.data.val[:12])
-
-
-def _folder_and_state(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None, TrainConfig]:
-    """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
-    and on another device."""
-    if not config.resume:
-        return None, None, config
-    folder = last_run(config.project, config.name) if config.resume is True else resume_folder(str(config.resume))
-    lock_run(folder)
-    sweep(folder / "weights")
-    content, said = load_last_good(folder / "weights")
-    if said:
-        print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
-    values = dict(content["train"]["config"])
-    given = config.model_fields_set
-    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience"}:
-        values[key] = getattr(config, key)
-    if given & {"iters", "epochs"}:
-        values |= {"iters": config.iters, "epochs": config.epochs}
-    ignored = sorted(
-        k
-        for k in given - {"resume", "project", "name", "exist_ok"}
-        if _plain(getattr(config, k)) != _plain(values.get(k))
-    )
-    if ignored:
-        raise UserError(
-            f"a resumed run keeps its own {', '.join(ignored)} ({folder / 'args.yaml'}). "
-            "Leave these out, or start a new run with weights=."
-        )
-    return folder, content["train"], validate(TrainConfig, values, "")
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else value
-
-
-class _signals:
-    """SIGTERM and SIGINT end the run at the next step boundary, with everything saved; a second one ends it at once."""
-
-    def __init__(self, trainer: SemiTrainer) -> None:
-        self.trainer = trainer
-        self.old: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.old[number] = signal.signal(number, self._ask)
-            except ValueError:  # not in the main thread: the caller's business
-                return
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.trainer._asked is not None:
-            raise KeyboardInterrupt
-        self.trainer._asked = number
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
 
 def _no_nan(value: Any) -> Any:

@@ -21,7 +21,8 @@ from ssod.cli import main, summary_text
 from ssod.config import load_config
 from ssod.deploy.predictor import Predictor, load_detector
 from ssod.engine.run import lock_run, new_run
-from ssod.engine.trainer import SemiTrainer, Stopped
+from ssod.engine.signals import Stopped
+from ssod.engine.trainer import SemiTrainer
 from ssod.errors import Fault, UserError
 
 Tiny = dict[str, Any]
