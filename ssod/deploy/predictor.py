@@ -69,7 +69,9 @@ class Predictor:
         self.names: list[str] = content["names"]
         self.classes = None if classes is None else [self._class_number(c) for c in classes]
         dtype = amp_dtype("auto", where, detector) if where.type == "cuda" else None
-        self.how = Inference(imgsz or content["imgsz"], where, dtype, batch, workers, conf, iou, max_det)
+        self.max_det = max_det
+        most = max_det if classes is None else max(1000, max_det)  # other classes must not crowd out the wanted ones
+        self.how = Inference(imgsz or content["imgsz"], where, dtype, batch, workers, conf, iou, most)
         self.unreadable: list[tuple[str, str]] = []  # (path, reason) of sources skipped by the last call
 
     def __call__(self, source: str | Path | Sequence[str | Path]) -> list[Results]:
@@ -108,7 +110,7 @@ class Predictor:
         for seen, (index, found) in enumerate(found_of, 1):
             if self.classes is not None:
                 keep = torch.isin(found.labels, torch.tensor(self.classes, dtype=torch.int64))
-                found = found[keep]
+                found = found[keep][: self.max_det]
             yield index, found, (time.monotonic() - start) * 1000 / seen
 
     def _class_number(self, name: int | str) -> int:

@@ -35,8 +35,8 @@ def test_drawing_is_seeded_and_done_once(small: None, tmp_path: Path, monkeypatc
 
 
 def test_two_processes_at_once_and_an_interrupted_one(small: None, tmp_path: Path) -> None:
-    (tmp_path / "shapes-1").mkdir()  # what a foreign or interrupted writer left: no shapes.yaml in it
-    (tmp_path / "shapes-1" / "rest").write_text("x")
+    (tmp_path / f"shapes-{shapes.VERSION}").mkdir()  # what a foreign or interrupted writer left: no shapes.yaml in it
+    (tmp_path / f"shapes-{shapes.VERSION}" / "rest").write_text("x")
     first = shapes_yaml(tmp_path)
     assert first.is_file()
     threads = [threading.Thread(target=shapes_yaml, args=(tmp_path / "both",)) for _ in range(2)]
@@ -44,7 +44,7 @@ def test_two_processes_at_once_and_an_interrupted_one(small: None, tmp_path: Pat
         t.start()
     for t in threads:
         t.join()
-    assert digest(tmp_path / "both" / "shapes-1") == digest(first.parent)
+    assert digest(tmp_path / "both" / f"shapes-{shapes.VERSION}") == digest(first.parent)
 
 
 def test_classes_have_a_long_tail_and_sizes_span_what_is_promised() -> None:
