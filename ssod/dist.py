@@ -52,11 +52,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank when it is true on one."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item()) if td.is_initialized() else flag
-
-
 def from_main(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, on every rank; the others do not call it."""
     made = [make() if is_main() else None]
