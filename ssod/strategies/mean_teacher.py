@@ -42,7 +42,7 @@ class MeanTeacher(Strategy):
             True,
             description="boxes between tau_low and tau are neither object nor background: nothing learns from them",
         )
-        box_loss: bool = Field(True, description="learn boxes from pseudo boxes too, not only classes")
+        box_loss: bool = Field(False, description="learn boxes from pseudo boxes too, not only classes")
 
     options: Options
     teacher: Detector

@@ -103,8 +103,9 @@ def test_unlabelled_annotations_are_never_looked_at() -> None:  # FAULTS 33, at 
 
 
 def test_without_box_loss_pseudo_boxes_teach_classes_only() -> None:
-    s = strategy(tau=0.0, box_loss=False)
-    out = s(batch(), step=0)
+    out = strategy(tau=0.0, box_loss=True)(batch(), step=0)
+    assert out.losses["unsup/box"] > 0
+    out = strategy(tau=0.0)(batch(), step=0)
     assert out.losses["unsup/cls"] > 0
     assert out.losses["unsup/box"] == 0
     assert out.losses["sup/box"] > 0
