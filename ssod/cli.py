@@ -144,9 +144,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     best = summary["best"]
     lines.append(f"{'best':<29}AP {best['AP']:.4f}  the {best['use']} at step {best['step']}: best.pt")
     if summary["unreadable"]:
-        lines.append(
-            f"{len(summary['unreadable'])} images could not be read and were replaced (metrics.json lists them)"
-        )
+        lines.append(f"{len(summary['unreadable'])} images could not be read (metrics.json lists them)")
     folder = Path(summary["folder"])
     lines.append(f"run folder {folder}: results.png (curves), predictions.png, results.csv, weights/best.pt")
     lines.append(f"next: ssod predict model={folder / 'weights' / 'best.pt'} source=FOLDER")
@@ -181,7 +179,10 @@ def _val(config: Any) -> int:
         max_det=config.max_det,
     )
     print(data.summary())
-    rows = coco_rows(detect(detector, data.samples, how))
+    bad: list[tuple[str, str]] = []
+    rows = coco_rows(detect(detector, data.samples, how, bad))
+    for path, reason in bad:
+        print(f"ssod: {path} cannot be read ({reason}); it counts as without detections.", file=sys.stderr)
     metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
     folder = new_run(config.project, "val", config.name, config.exist_ok)
     (folder / "metrics.json").write_text(json.dumps({"figures": metrics.figures, "per_class": metrics.per_class}))

@@ -133,8 +133,16 @@ def _nothing_found(truth: dict[str, Any], names: list[str]) -> Metrics:
     return Metrics(figures, per_class, len(truth["images"]), 0)
 
 
-def evaluate(detector: Detector, samples: Sequence[Sample], names: Sequence[str], how: Inference) -> Metrics:
+def evaluate(
+    detector: Detector,
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    how: Inference,
+    bad: list[tuple[str, str]] | None = None,
+) -> Metrics:
     """Detect on `samples` and score against their annotations, in source image pixels.
+
+    An image that cannot be read counts as one without detections; `bad` receives its (path, reason).
 
     Raises UserError when the detector has another number of classes (pycocotools would score -1), or is not finite.
     """
@@ -142,4 +150,4 @@ def evaluate(detector: Detector, samples: Sequence[Sample], names: Sequence[str]
         raise UserError(
             f"the model knows {detector.num_classes} classes and the data have {len(names)} ({', '.join(names)})."
         )
-    return coco_metrics(coco_truth(samples, names), coco_rows(detect(detector, samples, how)))
+    return coco_metrics(coco_truth(samples, names), coco_rows(detect(detector, samples, how, bad)))

@@ -44,7 +44,8 @@ class SemiTrainer:
         self.step = 0  # steps done
         self.best: dict[str, Any] = {"AP": -1.0, "step": 0, "use": "student"}
         self.history: list[dict[str, Any]] = []  # one entry a validation
-        self.bad: dict[str, str] = {}  # images that could not be read: path -> reason
+        self.bad: dict[str, str] = {}  # training images that could not be read: path -> reason
+        self.bad_val: dict[str, str] = {}  # validation images, likewise
         self.signals = SignalWatch()
         self._since_best = 0
         self._saved = -1  # step of last.pt
@@ -239,8 +240,13 @@ class SemiTrainer:
             networks = {"student": self.strategy.student}  # the teacher has not begun
         scores: dict[str, Metrics] = {}
         if dist.is_main():
+            bad: list[tuple[str, str]] = []
             for name, network in networks.items():
-                scores[name] = evaluate(network, self.data.val, self.data.names, how)
+                scores[name] = evaluate(network, self.data.val, self.data.names, how, bad)
+            for path, reason in dict(bad).items():
+                if path not in self.bad_val:
+                    log.say(f"WARNING: {path} cannot be read ({reason}); validation counts it as without detections.")
+            self.bad_val.update(bad)
             self._record(scores, log)
         dist.barrier()
 
@@ -329,7 +335,7 @@ class SemiTrainer:
             "labeled": len(self.data.labeled),
             "unlabeled": len(self.data.unlabeled),
             "val": len(self.data.val),
-            "unreadable": self.bad,
+            "unreadable": self.bad | self.bad_val,
             "history": self.history,
         }
         if dist.is_main():

@@ -214,6 +214,16 @@ def test_images_that_cannot_be_read_are_replaced_and_reported(tiny: Tiny, broken
     assert {p: p.read_bytes() for p in broken_data.parent.rglob("*") if p.is_file()} == before
 
 
+def test_a_validation_image_that_cannot_be_read_is_said(
+    tiny: Tiny, broken_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # 4
+    file = broken_data.parent / "images" / "val" / "2.png"
+    file.write_bytes(file.read_bytes()[:-2000])
+    _, summary = run(tiny, data=str(broken_data), max_bad=0.5)
+    assert "2.png" in {Path(p).name for p in summary["unreadable"]}
+    assert capsys.readouterr().out.count("validation counts it as without detections") == 1
+
+
 def test_too_many_unreadable_images_stop_the_run(tiny: Tiny, broken_data: Path) -> None:  # 4
     with pytest.raises(UserError, match=r"training images cannot be read, more than max_bad=0\.01"):
         run(tiny, data=str(broken_data), max_bad=0.01, batch=6, iters=8)
