@@ -158,6 +158,24 @@ class DenseOutput:
 
 
 @dataclass
+class SlotOutput:
+    """Raw predictions of Q queries per image, of every decoder layer, first to last (L of them).
+
+    logits      [L, B, Q, K]  before the sigmoid
+    boxes       [L, B, Q, 4]  cxcywh, 0 .. 1 of each image's padded frame
+    embeddings  [B, Q, C]     what the last layer's logits and boxes are computed from
+    dense       the encoder's own proposals (two-stage), or None
+    pyramid     what the decoder looked at (frame and valid sizes)
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    embeddings: Tensor
+    pyramid: Pyramid
+    dense: DenseOutput | None = None
+
+
+@dataclass
 class Candidates:
     """What `weigh` sees after assignment: M candidates of the whole batch.
 

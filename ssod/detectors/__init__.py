@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,28 +33,28 @@ def build_detector(
     num_classes: int,
     backbone: str = "resnet50",
     options: dict[str, Any] | None = None,
-    frozen_norm: bool = False,
-    freeze: int = 0,
+    **body: Any,
 ) -> Detector:
     """A detector with random weights; `build_detector(**detector.spec)` makes the same architecture again.
 
     options  values of the detector's own `Options`, e.g. {"fpn_channels": 128}
-    frozen_norm, freeze  see `ssod.nn.backbone.Backbone`
+    body     how the backbone is made, e.g. frozen_norm=True: see `ssod.nn.backbone.Backbone`
 
     Raises UserError for an unknown detector, backbone or option, and for fewer than one class.
     """
+    from ssod.nn.backbone import Backbone
+
     cls = detector_class(name)
     if num_classes < 1:
         raise UserError(f"num_classes={num_classes} leaves nothing to detect: give at least 1 class.")
     parsed = _options(cls, name, options or {})
-    detector = cls(num_classes, backbone, parsed, frozen_norm, freeze)
+    detector = cls(num_classes, partial(Backbone, backbone, **body), parsed)
     detector.spec = {
         "name": name,
         "num_classes": num_classes,
         "backbone": backbone,
         "options": parsed.model_dump(),
-        "frozen_norm": frozen_norm,
-        "freeze": freeze,
+        **body,
     }
     return detector
 

@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ssod.nn.backbone import Backbone
 from ssod.ops.assign import PaddedTargets
-from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh, Weights
+from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOutput, Weigh, Weights
 
 
 class DetectorOptions(BaseModel):
@@ -25,10 +26,11 @@ class DetectorOptions(BaseModel):
 
 
 class Detector(nn.Module):
-    """Base of all detectors. Subclasses set `Options` and implement the four verbs."""
+    """Base of all detectors. Subclasses set `Options`, implement the four verbs, and are made by `build_detector`."""
 
     Options: type[DetectorOptions] = DetectorOptions
     num_classes: int
+    backbone: Backbone
     spec: dict[str, Any]  # plain values; `build_detector(**spec)` makes the same architecture again
 
     def features(self, images: Tensor, sizes: Tensor | None = None, shift: int = 0) -> Pyramid:
@@ -63,6 +65,13 @@ class HasDense(Protocol):
     """Class and box maps of every candidate: what SED's re-weighting and Co-mining work on."""
 
     def dense(self, output: Any) -> DenseOutput: ...
+
+
+@runtime_checkable
+class HasSlots(Protocol):
+    """Queries with an embedding, class logits and a box each, in no order: what is matched by Hungarian assignment."""
+
+    def slots(self, output: Any) -> SlotOutput: ...
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssod.detectors.base import Detector, DetectorOptions, candidate_weights, full_precision, pyramid_of
-from ssod.nn.backbone import Backbone
+from ssod.nn.backbone import MakeBackbone
 from ssod.nn.fpn import FPN, PoolLevel
 from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import PaddedTargets, assign_iou, pad_targets, sample_balanced
@@ -50,27 +50,19 @@ class FasterRCNN(Detector):
     The output of `head` is the RPN's, with K = 1: everything later needs boxes, which exist only after decoding it.
 
     num_classes  K >= 1
-    backbone     a timm name; its maps of strides 4, 8, 16, 32 are used, stride 64 is pooled
-    frozen_norm, freeze  see `ssod.nn.backbone.Backbone`
+    body         makes the backbone; its maps of strides 4, 8, 16, 32 are used, stride 64 is pooled
     """
 
     Options = FasterRCNNOptions
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet50",
-        options: FasterRCNNOptions | None = None,
-        frozen_norm: bool = False,
-        freeze: int = 0,
-    ) -> None:
+    def __init__(self, num_classes: int, body: MakeBackbone, options: FasterRCNNOptions) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.options = options = options or FasterRCNNOptions()
+        self.options = options
         self.rpn_codec = L1Codec()
         self.roi_codec = L1Codec(weights=(10, 10, 5, 5))
         self.anchors = AnchorGrid(ratio_cells({s: s * options.anchor_scale for s in STRIDES}, RATIOS))
-        self.backbone = Backbone(backbone, ROI_STRIDES, frozen_norm, freeze)
+        self.backbone = body(ROI_STRIDES)
         self.fpn = FPN(self.backbone.channels, options.fpn_channels, PoolLevel())
 
         width, anchors = options.fpn_channels, self.anchors.per_cell

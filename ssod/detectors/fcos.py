@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssod.detectors.base import Detector, DetectorOptions, candidate_weights, full_precision, pyramid_of
 from ssod.errors import UserError
-from ssod.nn.backbone import Backbone
+from ssod.nn.backbone import MakeBackbone
 from ssod.nn.fpn import FPN, ConvLevels
 from ssod.ops.anchors import AnchorGrid, square_cells
 from ssod.ops.assign import assign_points, pad_targets
@@ -42,26 +42,18 @@ class FCOS(Detector):
     """Dense detector: per point a class score per class, four distances and a centerness.
 
     num_classes  K >= 1
-    backbone     a timm name; its maps of strides 8, 16, 32 are used, two more are computed on top
-    frozen_norm, freeze  see `ssod.nn.backbone.Backbone`
+    body         makes the backbone; its maps of strides 8, 16, 32 are used, two more are computed on top
     """
 
     Options = FCOSOptions
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet50",
-        options: FCOSOptions | None = None,
-        frozen_norm: bool = False,
-        freeze: int = 0,
-    ) -> None:
+    def __init__(self, num_classes: int, body: MakeBackbone, options: FCOSOptions) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.options = options = options or FCOSOptions()
+        self.options = options
         self.codec = GIoUCodec()
         self.anchors = AnchorGrid(square_cells(STRIDES))
-        self.backbone = Backbone(backbone, STRIDES[:3], frozen_norm, freeze)
+        self.backbone = body(STRIDES[:3])
         self.fpn = FPN(self.backbone.channels, options.fpn_channels, ConvLevels(options.fpn_channels))
         self.cls_tower = _tower(options)
         self.box_tower = _tower(options)

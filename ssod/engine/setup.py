@@ -128,11 +128,16 @@ def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]
         return _from_checkpoint(config.weights, names)
     frozen = config.frozen_norm if config.frozen_norm is not None else config.weights is not None
     student = build_detector(
-        config.detector.name, len(names), config.backbone, config.detector.options, frozen, config.freeze
+        config.detector.name,
+        len(names),
+        config.backbone,
+        config.detector.options,
+        frozen_norm=frozen,
+        freeze=config.freeze,
     )
     if config.weights is None:
         return student, f"{config.detector.name} on {config.backbone}, random weights"
-    return student, str(load_backbone_weights(student.backbone, config.weights))  # type: ignore[arg-type]
+    return student, str(load_backbone_weights(student.backbone, config.weights))
 
 
 def _is_checkpoint(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ class Backbone(nn.Module):
         for hook in hooks:
             hook.remove()
         return executed
+
+
+MakeBackbone = Callable[[Sequence[int]], Backbone]  # strides -> backbone: a detector knows no more of it
 
 
 @dataclass
