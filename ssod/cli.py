@@ -157,7 +157,7 @@ def _val(config: Any) -> int:
     from ssod.engine.evaluate import coco_metrics, coco_rows, coco_truth, detect
     from ssod.engine.run import new_run
     from ssod.engine.setup import load_split
-    from ssod.nn.precision import amp_dtype
+    from ssod.nn.precision import amp_dtype, lay_out
 
     detector, content = load_detector(config.model, config.weights)
     data = load_split(config.data, config.split, config.data_path, config.strict)
@@ -167,11 +167,12 @@ def _val(config: Any) -> int:
             "Give data with the model's classes."
         )
     device = pick_device(config.device)
-    detector.to(device)
+    dtype = amp_dtype("auto", device, detector) if device.type == "cuda" else None
+    lay_out(detector.to(device), dtype)
     how = Inference(
         imgsz=config.imgsz or content["imgsz"],
         device=device,
-        dtype=amp_dtype("auto", device, detector) if device.type == "cuda" else None,
+        dtype=dtype,
         batch=config.batch,
         workers=config.workers,
         conf=config.conf,

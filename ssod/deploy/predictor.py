@@ -18,7 +18,7 @@ from ssod.deploy.results import Results
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.errors import UserError, did_you_mean
-from ssod.nn.precision import amp_dtype
+from ssod.nn.precision import amp_dtype, lay_out
 
 
 def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, dict[str, Any]]:
@@ -69,6 +69,7 @@ class Predictor:
         self.names: list[str] = content["names"]
         self.classes = None if classes is None else [self._class_number(c) for c in classes]
         dtype = amp_dtype("auto", where, detector) if where.type == "cuda" else None
+        lay_out(self.detector, dtype)
         self.max_det = max_det
         most = max_det if classes is None else max(1000, max_det)  # other classes must not crowd out the wanted ones
         self.how = Inference(imgsz or content["imgsz"], where, dtype, batch, workers, conf, iou, most)

@@ -25,7 +25,7 @@ from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.setup import build, build_data, check_options
 from ssod.engine.signals import SignalWatch, Stopped
 from ssod.errors import Fault, UserError
-from ssod.nn.precision import amp_dtype, autocast
+from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
 
 SKIPS = 20  # steps in a row without finite gradients before the run stops
@@ -76,8 +76,9 @@ class SemiTrainer:
         strategy, self.note = build(config, self.data)
         self.plan = strategy.plan
         self.strategy = strategy.to(self.device)
-        self.optimizer = build_optimizer(self.strategy, config)
         self.dtype = amp_dtype(config.amp, self.device, self.strategy)
+        lay_out(self.strategy, self.dtype)
+        self.optimizer = build_optimizer(self.strategy, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     # -- the loop

@@ -37,5 +37,14 @@ def cpu_has_bf16() -> bool:
     return any(bool(f()) for f in known if f is not None)
 
 
+def lay_out(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put the kernels' weights where half precision wants them (channels_last), in place; float32 stays as it is.
+
+    A weight in another layout than its gradient is copied at every step: a fifth of an FCOS step at 320 px.
+    """
+    if dtype is not None:
+        module.to(memory_format=torch.channels_last)
+
+
 def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()

@@ -14,7 +14,7 @@ from ssod.engine.diagnose import Starvation
 from ssod.engine.log import Averages, progress_text
 from ssod.engine.optim import build_optimizer, lr_at
 from ssod.nn import precision
-from ssod.nn.precision import amp_dtype
+from ssod.nn.precision import amp_dtype, lay_out
 from ssod.report.study import table
 from ssod.report.table import Table
 
@@ -50,6 +50,20 @@ def test_automatic_precision_avoids_bf16_for_depthwise_networks(monkeypatch: pyt
     assert amp_dtype(False, cpu, plain) is None
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
     assert amp_dtype("auto", cpu, plain) is None
+
+
+def test_kernels_and_their_gradients_share_a_layout_in_half_precision() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    before = [p.clone() for p in net.parameters()]
+    lay_out(net, None)
+    assert net[0].weight.is_contiguous()
+    lay_out(net, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.rand(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)).float().sum().backward()
+    for kernel in (net[0].weight, net[2].weight):
+        assert kernel.grad is not None
+        assert kernel.stride() == kernel.grad.stride() != torch.empty(kernel.shape).stride()
 
 
 def test_averages_are_means_of_what_was_there() -> None:
