@@ -18,7 +18,7 @@ SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
     "val": "COCO metrics of a checkpoint on a split",
     "predict": "detect objects on images",
-    "check": "look over a data set before training",
+    "check": "look over a data set before training, or measure a model",
     "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
     "help": "this text, or the arguments of a mode: ssod help train",
     "version": "print the version",
@@ -33,6 +33,7 @@ Examples
   ssod train data=my.yaml labeled=10% strategy=mean_teacher epochs=100
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
+  ssod check model=faster_rcnn backbone=resnet50 imgsz=640
 
 Arguments are key=value in any order (--key value works too); sections by dots: strategy.tau=0.6.
 Defaults < cfg=FILE.yaml < command line."""
@@ -260,6 +261,12 @@ def _check(config: Any) -> int:
     from ssod.engine.run import new_run
     from ssod.engine.setup import data_yaml, load_split
 
+    if config.model is not None:
+        from ssod.engine.profile import profile_model
+
+        print(profile_model(config).text())
+        if config.data is None:
+            return 0
     report = check_data(data_yaml(config.data), config.data_path, decode=config.decode)
     print(report.text())
     if config.samples:

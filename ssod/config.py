@@ -172,6 +172,14 @@ class PredictConfig(RunFolder, Inference):
 class CheckConfig(RunFolder, Data):
     """`ssod check`"""
 
+    model: str | None = Field(
+        None, description="what to measure: a checkpoint, a training YAML, or a detector's name; data may be left out"
+    )
+    backbone: str = Field("resnet50", description="backbone of a detector given by name")
+    num_classes: int = Field(80, ge=1, description="classes of a model that is not a checkpoint")
+    imgsz: int | None = Field(None, ge=32, description="side of the measured images, pixels; default: the model's")
+    batch: int = Field(2, ge=1, description="images of the measured step")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
     decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
     samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
     seed: int = Field(0, ge=0, description="which images are drawn")
