@@ -1,131 +1,115 @@
-"""Time of one supervised training step (forward, loss, backward) against torchvision's detectors.
+"""Time and peak memory of one supervised training step (forward, loss, backward) of the four detectors, against
+torchvision (FCOS, RetinaNet, Faster R-CNN) and transformers (Deformable DETR).
 
-    python tests/bench/bench_step.py --size 320 --batch 2 --rounds 5
+    python tests/bench/bench_step.py --size 640 --batch 2 --rounds 5 [--device cuda]
 
-Ours and theirs alternate in one process at one thread; the figure is process CPU time, the median over the rounds, and
-the ratio of medians. Both sides: ResNet-50 with frozen batch norms, stem and first stage frozen, FPN of 256 channels.
+Time: ours and theirs alternate in one process; on a CPU process time at one thread, on CUDA wall time after a
+synchronisation; medians over the rounds. Memory: one fresh process for each side and mode, its peak above what the
+imports took (CPU), or the allocator's peak (CUDA). Each side is then taken in its fastest mode, and both ratios are of
+those.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from pathlib import Path
 from statistics import median
 
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
-from torchvision.models import resnet50
-from torchvision.models.detection import FCOS, FasterRCNN
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from peers import DETECTORS, OUR_MODES, THEIR_MODES, Step, make_step
 
-from ssod.detectors import build_detector
-from ssod.structures import Instances
-
-Step = Callable[[], object]
-NUM_CLASSES = 80
-
-
-def peer(name: str, size: int) -> nn.Module:
-    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    if name == "fcos":
-        extra = LastLevelP6P7(256, 256)
-        backbone = _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=extra)
-        return FCOS(backbone, NUM_CLASSES, min_size=size, max_size=size)
-    return FasterRCNN(_resnet_fpn_extractor(body, 3), NUM_CLASSES + 1, min_size=size, max_size=size)
-
-
-def their_step(name: str, model: nn.Module, images: Tensor, targets: list[Instances], bf16: bool) -> Step:
-    first = 0 if name == "fcos" else 1
-    wanted = [{"boxes": t.boxes, "labels": t.labels + first} for t in targets]
-    pixels = list(images.float() / 255)
-
-    def step() -> None:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            losses = model(pixels, wanted)
-        sum(losses.values()).backward()
-
-    return step
-
-
-def our_step(model: nn.Module, images: Tensor, targets: list[Instances], bf16: bool) -> Step:
-    def step() -> None:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            output = model.head(model.features(images))
-            losses = model.loss(output, targets)
-        sum(losses.values()).backward()
-
-    return step
-
-
-def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds of each step; one warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if i:
-                times[name].append(1000 * (time.process_time() - start))
-    return {name: median(values) for name, values in times.items()}
-
-
-def make_targets(batch: int, size: int, per_image: int = 7) -> list[Instances]:
-    targets = []
-    for _ in range(batch):
-        corner = torch.rand(per_image, 2) * size * 0.6
-        side = size * (0.05 + 0.35 * torch.rand(per_image, 2))
-        targets.append(Instances(torch.cat([corner, corner + side], 1), torch.randint(0, NUM_CLASSES, (per_image,))))
-    return targets
+Key = tuple[str, str]  # (who, mode)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--detectors", nargs="+", default=["fcos", "faster_rcnn"])
-    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="also with the backbone compiled, on both sides")
+    parser.add_argument("--memory-of", nargs=3, metavar=("DETECTOR", "WHO", "MODE"), help="print bytes and leave")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8)
-    targets = make_targets(args.batch, args.size)
+    if args.memory_of:
+        print(json.dumps(peak_memory(*args.memory_of, args)))
+        return
 
+    modes: list[Key] = [*(("theirs", m) for m in THEIR_MODES), *(("ours", m) for m in OUR_MODES)]
+    if args.compile:
+        modes += [("theirs", "bf16 channels_last compile"), ("ours", "bf16 compile")]
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-        f"{platform.processor() or platform.machine()}, 1 thread, load {os.getloadavg()[0]:.1f}; "
-        f"{args.size} px, batch {args.batch}, medians of {args.rounds} rounds, CPU ms per step"
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, {where}, "
+        f"1 thread, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}; ResNet-50, {args.size} px, batch {args.batch}, "
+        f"medians of {args.rounds} rounds"
     )
-    print(
-        f"{'':12} {'theirs fp32':>12} {'ours fp32':>10} {'ratio':>6} {'ours bf16':>10} {'ratio':>6} {'theirs bf16':>12}"
-    )
+    rows = []
     for name in args.detectors:
-        theirs = peer(name, args.size)
-        ours = build_detector(name, NUM_CLASSES, frozen_norm=True, freeze=1)
-        trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (theirs, ours)]
-        assert abs(trained[0] - trained[1]) < 0.001 * trained[0], trained  # background has no codes in ours
-        t = alternate(
-            {
-                "theirs": their_step(name, theirs, images, targets, False),
-                "ours": our_step(ours, images, targets, False),
-                "bf16": our_step(ours, images, targets, True),
-                "theirs bf16": their_step(name, theirs, images, targets, True),
-            },
-            args.rounds,
-        )
-        print(
-            f"{name:12} {t['theirs']:12.0f} {t['ours']:10.0f} {t['ours'] / t['theirs']:6.2f} {t['bf16']:10.0f} "
-            f"{t['bf16'] / t['theirs']:6.2f} {t['theirs bf16']:12.0f}"
-        )
+        times = alternate({key: make_step(name, *key, args.size, args.batch, args.device) for key in modes}, args)
+        memory = {key: memory_in_fresh_process(name, *key, args) for key in modes}
+        print(f"\n{name:28} {'ms':>8} {'GB':>6}")
+        for key in modes:
+            print(f"  {' '.join(key):26} {times[key]:8.0f} {memory[key] / 1e9:6.2f}")
+        best = {who: min((k for k in modes if k[0] == who), key=times.__getitem__) for who in ("theirs", "ours")}
+        a, b = best["ours"], best["theirs"]
+        rows.append((name, a[1], b[1], times[a] / times[b], memory[a] / memory[b]))
+    print("\n| | ours | theirs | time | peak memory |\n|---|---|---|---|---|")
+    for name, mine, other, ratio, space in rows:
+        print(f"| {name} | {mine} | {other} | {ratio:.2f} | {space:.2f} |")
+
+
+def alternate(steps: dict[Key, Step], args: argparse.Namespace) -> dict[Key, float]:
+    """Median milliseconds of each step; one warm-up round."""
+    times: dict[Key, list[float]] = {key: [] for key in steps}
+    for i in range(args.rounds + 1):
+        for key, step in steps.items():
+            start = now(args.device)
+            step()
+            if i:
+                times[key].append(1000 * (now(args.device) - start))
+    return {key: median(values) for key, values in times.items()}
+
+
+def now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_in_fresh_process(name: str, who: str, mode: str, args: argparse.Namespace) -> float:
+    words = [sys.executable, __file__, "--memory-of", name, who, mode]
+    words += ["--size", str(args.size), "--batch", str(args.batch), "--device", args.device]
+    found: float = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return found
+
+
+def peak_memory(name: str, who: str, mode: str, args: argparse.Namespace) -> int:
+    """Bytes at the peak of three steps: weights, gradients, activations."""
+    import resource
+
+    if name == "deformable_detr" and who == "theirs":
+        import transformers.models.deformable_detr.modeling_deformable_detr  # noqa: F401  imports are not the model's
+    if args.device == "cuda":
+        step = make_step(name, who, mode, args.size, args.batch, args.device)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    step = make_step(name, who, mode, args.size, args.batch, args.device)
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 if __name__ == "__main__":
