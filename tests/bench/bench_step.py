@@ -50,8 +50,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, {where}, "
-        f"1 thread, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}; ResNet-50, {args.size} px, batch {args.batch}, "
-        f"medians of {args.rounds} rounds"
+        f"1 thread, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}; "
+        f"ResNet-50, {args.size} px, batch {args.batch}, medians of {args.rounds} rounds"
     )
     rows = []
     for name in args.detectors:
