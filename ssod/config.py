@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ssod.errors import UserError, did_you_mean
+from ssod.recipe import rescale
 
 Pipeline = str | list[Any]
 
@@ -100,6 +101,11 @@ class TrainConfig(RunFolder, Inference, Data):
         None, ge=1, description="passes over the larger set, labelled or unlabelled; 100 where iters is not given"
     )
     batch: int = Field(8, ge=1, description="labelled images of a step, over all devices")
+    nominal_batch: int | None = Field(
+        None,
+        ge=1,
+        description="batch that a recipe's numbers are for; another batch rescales lr0, iters, ema_decay, ...",
+    )
     batch_unlabeled: int | None = Field(None, ge=0, description="unlabelled images of a step; default: as batch")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
     burn_in: int | float = Field(0.25, ge=0, description="supervised steps before the teacher starts; < 1 is a share")
@@ -129,6 +135,13 @@ class TrainConfig(RunFolder, Inference, Data):
     resume: bool | str = Field(
         False, description="true: the newest unfinished run of `name`; or a checkpoint or folder"
     )
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what another batch than the recipe's has changed."""
+        return self._notes
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -322,15 +335,21 @@ def load_config(mode: str, overrides: Mapping[str, Any] | None = None) -> Any:
     cfg = overrides.pop("cfg", None)
     fields = MODES[mode].model_fields
     values: dict[str, Any] = {}
+    notes: list[str] = []
     if cfg is not None:
-        values = merge(values, read_cfg(find_yaml(str(cfg))))
+        values = merge({}, read_cfg(find_yaml(str(cfg))))
+        if mode == "train":
+            values, notes = rescale(values, overrides)
     values = merge(values, overrides)
     for key in _COMPONENTS:  # options without a name are options of the default
         if key in fields and isinstance(values.get(key), dict):
             values[key] = {"name": fields[key].default.name} | values[key]
     if mode != "train" and cfg is not None:  # a training recipe also serves val, predict and check
         values = {k: v for k, v in values.items() if k in fields or k not in TrainConfig.model_fields}
-    return validate(MODES[mode], values, "")
+    config = validate(MODES[mode], values, "")
+    if isinstance(config, TrainConfig):
+        config.notes.extend(notes)
+    return config
 
 
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Any:

@@ -100,7 +100,7 @@ class SemiTrainer:
 
     def _loop(self, log: Logger) -> None:
         config, plan = self.config, self.plan
-        for line in [*self.data.notes, self.note, self._headline()]:
+        for line in [*config.notes, *self.data.notes, self.note, self._headline()]:
             log.say(line)
         wrapped = dist.wrap(self.strategy, self.device)
         averages, starvation, skipped = Averages(), Starvation(self.data.unlabeled != []), 0
