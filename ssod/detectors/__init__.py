@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DETECTORS = {
     "fcos": "ssod.detectors.fcos:FCOS",
+    "retinanet": "ssod.detectors.retinanet:RetinaNet",
     "faster_rcnn": "ssod.detectors.faster_rcnn:FasterRCNN",
 }
 

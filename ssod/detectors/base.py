@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ssod.errors import UserError
 from ssod.nn.backbone import Backbone
 from ssod.ops.assign import PaddedTargets
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOutput, Weigh, Weights
@@ -88,6 +89,20 @@ class HasRegions(Protocol):
     def classify(self, output: Any, boxes: list[Tensor]) -> list[Tensor]: ...
 
     def refine(self, output: Any, boxes: list[Tensor]) -> list[Instances]: ...
+
+
+def check_batch(images: Tensor, sizes: Tensor | None) -> None:
+    """Raises UserError for what no network can look at: another shape than [B, 3, H, W], or an empty one."""
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise UserError(f"images are {list(images.shape)}; a detector wants [batch, 3, height, width], none of them 0.")
+    if sizes is not None and sizes.shape != (len(images), 2):
+        raise UserError(f"sizes are {list(sizes.shape)} for {len(images)} images; give one (height, width) an image.")
+
+
+def check_targets(targets: list[Instances], batch: int) -> None:
+    """Raises UserError unless there is one list of targets an image."""
+    if len(targets) != batch:
+        raise UserError(f"there are targets of {len(targets)} images for a batch of {batch}; give one list an image.")
 
 
 def pyramid_of(maps: dict[int, Tensor], images: Tensor, sizes: Tensor | None, shift: int) -> Pyramid:

@@ -6,14 +6,19 @@ M regions or sampled anchors of the whole batch, D numbers per box code.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssod.detectors.base import Detector, DetectorOptions, candidate_weights, full_precision, pyramid_of
-from ssod.nn.backbone import MakeBackbone
-from ssod.nn.fpn import FPN, PoolLevel
+from ssod.detectors.base import candidate_weights, check_targets, full_precision
+from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
+from ssod.errors import UserError
+from ssod.nn.backbone import Backbone, MakeBackbone, MissingStrides
+from ssod.nn.dense_head import per_anchor
+from ssod.nn.fpn import FPN, PoolLevels
 from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import PaddedTargets, assign_iou, pad_targets, sample_balanced
 from ssod.ops.boxes import clip, nms, not_smaller
@@ -22,16 +27,23 @@ from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
 
-STRIDES = (4, 8, 16, 32, 64)
-ROI_STRIDES = STRIDES[:-1]  # the pooled top level serves the RPN only
+LEVELS = 5
+SMALLEST_ANCHOR = 32  # pixels
 RATIOS = (0.5, 1.0, 2.0)
 ROI_SIZE = 7
 
 
-class FasterRCNNOptions(DetectorOptions):
+class FasterRCNNOptions(BoxOptions):
+    bucket_scale: float = Field(1.7, ge=1, description="codec bucket: segments reach to the proposal scaled by this")
+    class_agnostic: bool | None = Field(
+        None, description="one box per proposal instead of one per class; default: only with codec bucket"
+    )
+    lowest_stride: Literal[4, 8] = Field(4, description="stride of the lowest of the five levels")
     fpn_channels: int = Field(256, ge=8, description="width of the pyramid and of the RPN")
     box_head_width: int = Field(1024, ge=8, description="width of the two fully connected layers of the RoI head")
-    anchor_scale: float = Field(8.0, gt=0, description="side of the square anchor in strides: 8 gives 32 .. 512 pixels")
+    anchor_scale: float | None = Field(
+        None, gt=0, description="side of the square anchor in strides; default: what gives 32 .. 512 pixels"
+    )
     rpn_samples: int = Field(256, ge=1, description="anchors per image in the RPN's loss")
     rpn_positive: float = Field(0.5, gt=0, le=1, description="largest share of positives among them")
     rpn_nms: float = Field(0.7, gt=0, le=1, description="IoU above which a proposal suppresses another")
@@ -44,26 +56,30 @@ class FasterRCNNOptions(DetectorOptions):
     roi_foreground: float = Field(0.5, ge=0, le=1, description="IoU from which a proposal is foreground")
 
 
-class FasterRCNN(Detector):
+class FasterRCNN(PyramidDetector):
     """Two stages: an RPN proposes regions (`head`), a RoI head classifies and refines them (`loss`, `decode`).
 
     The output of `head` is the RPN's, with K = 1: everything later needs boxes, which exist only after decoding it.
 
     num_classes  K >= 1
-    body         makes the backbone; its maps of strides 4, 8, 16, 32 are used, stride 64 is pooled
+    body         makes the backbone; its maps of strides 4 (or 8) to 32 are used, what is above them is pooled
     """
 
     Options = FasterRCNNOptions
+    options: FasterRCNNOptions
 
     def __init__(self, num_classes: int, body: MakeBackbone, options: FasterRCNNOptions) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.options = options
+        super().__init__(num_classes, options)
+        self.strides = tuple(options.lowest_stride * 2**i for i in range(LEVELS))
         self.rpn_codec = L1Codec()
-        self.roi_codec = L1Codec(weights=(10, 10, 5, 5))
-        self.anchors = AnchorGrid(ratio_cells({s: s * options.anchor_scale for s in STRIDES}, RATIOS))
-        self.backbone = body(ROI_STRIDES)
-        self.fpn = FPN(self.backbone.channels, options.fpn_channels, PoolLevel())
+        self.roi_codec = anchor_codec(options, (10, 10, 5, 5), 1 / 9)
+        # A bucket code has 8 K numbers: of each class, it would be most of the network's weights.
+        agnostic = options.codec == "bucket" if options.class_agnostic is None else options.class_agnostic
+        self.box_classes = 1 if agnostic else num_classes
+        scale = options.anchor_scale or SMALLEST_ANCHOR / options.lowest_stride
+        self.anchors = AnchorGrid(ratio_cells({s: [s * scale] for s in self.strides}, RATIOS))
+        self.backbone = _body(body, options)
+        self.fpn = FPN(self.backbone.channels, options.fpn_channels, PoolLevels())
 
         width, anchors = options.fpn_channels, self.anchors.per_cell
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
@@ -73,7 +89,7 @@ class FasterRCNN(Detector):
         self.fc1 = nn.Linear(width * ROI_SIZE**2, options.box_head_width)
         self.fc2 = nn.Linear(options.box_head_width, options.box_head_width)
         self.roi_logits = nn.Linear(options.box_head_width, num_classes + 1)
-        self.roi_codes = nn.Linear(options.box_head_width, num_classes * self.roi_codec.dim)
+        self.roi_codes = nn.Linear(options.box_head_width, self.box_classes * self.roi_codec.dim)
         self._init_heads()
 
     def _init_heads(self) -> None:
@@ -81,23 +97,18 @@ class FasterRCNN(Detector):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.roi_codes.weight, std=0.001)  # first boxes = the proposals themselves
-        nn.init.zeros_(self.roi_codes.bias)
+        self.roi_codes.bias.data.copy_(self.roi_codec.start().repeat(self.box_classes))
 
     # ---- the four verbs
 
-    def features(self, images: Tensor, sizes: Tensor | None = None, shift: int = 0) -> Pyramid:
-        maps = self.fpn(self.backbone(self.backbone.normalize(images, sizes)))
-        return pyramid_of(maps, images, sizes, shift)
-
     def head(self, pyramid: Pyramid) -> DenseOutput:
-        """The RPN: objectness logits [B, P, 1] and codes [B, P, D]. Strides outside 4 .. 64 are dropped."""
-        maps = {s: m for s, m in pyramid.maps.items() if s in STRIDES}
+        """The RPN: objectness logits [B, P, 1] and codes [B, P, D]. Strides it has no anchors for are dropped."""
         logits, codes = [], []
-        for x in maps.values():
+        for x in self._levels(pyramid).values():
             hidden = self.rpn_conv(x).relu_()
-            logits.append(_per_anchor(self.rpn_logits(hidden), 1))
-            codes.append(_per_anchor(self.rpn_codes(hidden), self.rpn_codec.dim))
-        anchors, spans = self.anchors({s: m.shape[-2:] for s, m in maps.items()}, logits[0].device)
+            logits.append(per_anchor(self.rpn_logits(hidden), 1))
+            codes.append(per_anchor(self.rpn_codes(hidden), self.rpn_codec.dim))
+        anchors, spans = self._places(pyramid)
         return DenseOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
 
     def loss(self, output: DenseOutput, targets: list[Instances], weigh: Weigh | None = None) -> dict[str, Tensor]:
@@ -105,6 +116,7 @@ class FasterRCNN(Detector):
 
         Each is a weighted sum divided by the number of sampled candidates; weights change the numerators only.
         """
+        check_targets(targets, len(output.logits))
         with full_precision(output.logits):
             padded = pad_targets(targets)
             rpn = self._rpn_loss(output, targets, padded, weigh)
@@ -112,13 +124,19 @@ class FasterRCNN(Detector):
             return rpn | self._roi_loss(output, proposals, targets, padded, weigh)
 
     def decode(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
-        """Every region may become one detection per class; score = class probability."""
+        """Every region may become one detection per class; score = class probability.
+
+        With `rank_by_quality`, score = sqrt(class probability * the codec's quality).
+        """
         with full_precision(output.logits):
             regions = self.proposals(output)
             logits, codes = self._region_head(output.pyramid, regions)
             anchors = torch.cat(regions).unsqueeze(1)  # [M, 1, 4]
-            all_boxes, all_quality = self.roi_codec.decode(codes, anchors)  # [M, K, 4]
-            scores = logits.softmax(dim=1)[:, :-1]  # [M, K]
+            all_boxes, all_quality = self.roi_codec.decode(codes, anchors)  # [M, K or 1, 4]
+            probability = logits.softmax(dim=1)[:, :-1]  # [M, K]
+            scores = ranked(probability, all_quality, self.options)
+            all_boxes = all_boxes.expand(-1, self.num_classes, 4)
+            all_quality = None if all_quality is None else all_quality.expand(-1, self.num_classes)
 
             found, start = [], 0
             for b, count in enumerate(len(r) for r in regions):
@@ -150,7 +168,7 @@ class FasterRCNN(Detector):
         with full_precision(output.logits):
             logits, codes = self._region_head(output.pyramid, boxes)
             scores, labels = logits.softmax(dim=1)[:, :-1].max(dim=1)  # [M]
-            best = codes[torch.arange(len(codes), device=codes.device), labels]  # [M, D]
+            best = self._codes_for(codes, labels)  # [M, D]
             refined, quality = self.roi_codec.decode(best, torch.cat(boxes))
             counts = [len(b) for b in boxes]
             refined = clip(refined, output.pyramid.sizes[_image_of(boxes)])
@@ -231,11 +249,12 @@ class FasterRCNN(Detector):
         fg = (candidates.matched >= 0).nonzero().squeeze(1)
         boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
-        own_codes = codes[fg, candidates.labels[fg]]  # [F, D], of the class each is assigned
+        own_codes = self._codes_for(codes[fg], candidates.labels[fg])  # [F, D], of the class each is assigned
+        box = self.roi_codec.loss(own_codes, candidates.boxes[fg], boxes, box_weight)
         count = max(1, len(logits))
         return {
             "cls": weighted_sum(cls, weights.cls) / count,
-            "box": self.roi_codec.loss(own_codes, candidates.boxes[fg], boxes, box_weight) / count,
+            "box": box * self.options.box_loss_weight / count,
         }
 
     def _candidates(
@@ -245,20 +264,33 @@ class FasterRCNN(Detector):
         return Candidates(boxes, image, labels, matched, stage)
 
     def _region_head(self, pyramid: Pyramid, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Boxes of each image -> logits [M, K + 1] and codes [M, K, D] in float32."""
-        maps = {s: m for s, m in pyramid.maps.items() if s in ROI_STRIDES}
+        """Boxes of each image -> logits [M, K + 1] and codes [M, K, D] in float32 ([M, 1, D] if class-agnostic)."""
+        maps = {s: m for s, m in pyramid.maps.items() if s in self.strides[:-1]}  # the top level serves the RPN only
         like = next(iter(maps.values()))
         pooled = roi_features(maps, torch.cat(boxes), _image_of(boxes), ROI_SIZE)  # [M, C, 7, 7]
         # The wide layers compute in the precision of the features, whatever the caller's autocast is by now.
         with torch.autocast(like.device.type, like.dtype, enabled=like.dtype != torch.float32):
             hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
             logits, codes = self.roi_logits(hidden), self.roi_codes(hidden)
-        return logits.float(), codes.float().unflatten(1, (self.num_classes, self.roi_codec.dim))
+        return logits.float(), codes.float().unflatten(1, (self.box_classes, self.roi_codec.dim))
+
+    def _codes_for(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """The codes of one class each: [M, K or 1, D] and int64 [M] -> [M, D]."""
+        return codes[torch.arange(len(codes), device=codes.device), labels if self.box_classes > 1 else 0 * labels]
 
 
-def _per_anchor(x: Tensor, dim: int) -> Tensor:
-    """[B, A * dim, h, w] -> [B, h * w * A, dim]."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, dim)
+def _body(body: MakeBackbone, options: FasterRCNNOptions) -> Backbone:
+    """The backbone with maps from `lowest_stride` to 32, and one below it for images of half the size."""
+    lowest = options.lowest_stride // 2 if options.half_scale else options.lowest_stride
+    try:
+        return body([s for s in (2, 4, 8, 16, 32) if s >= lowest])
+    except MissingStrides as error:
+        if lowest > 2:
+            raise
+        raise UserError(
+            "detector.half_scale=true needs a map of stride 2 and this backbone has none; set "
+            "detector.lowest_stride=8, or choose another backbone, e.g. 'resnet50'."
+        ) from error
 
 
 def _image_of(boxes: list[Tensor]) -> Tensor:

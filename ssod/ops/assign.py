@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ssod.ops.boxes import area, centers, iou_matrix
+from ssod.ops.boxes import area, iou_matrix
 from ssod.structures import Instances
 
 BACKGROUND, IGNORED = -1, -2  # values of `matched` that are not the index of a target
@@ -59,20 +59,17 @@ def pad_targets(targets: Sequence[Instances]) -> PaddedTargets:
     )
 
 
-def assign_points(anchors: Tensor, ranges: Tensor, boxes: Tensor, valid: Tensor, radius: float) -> Tensor:
+def assign_points(points: Tensor, reach: Tensor, ranges: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
     """FCOS assignment (Tian et al., 2019, sections 3.1-3.2, with centre sampling), all images at once.
 
-    anchors  [P, 4]        squares of side `stride` around each point
+    points   [P, 2]        x, y in pixels
+    reach    [P]           a point must lie within this distance of the box centre, in x and in y (pixels, exclusive)
     ranges   [P, 2]        a point takes boxes whose farthest side lies between these distances (pixels, exclusive)
     boxes    [B, N, 4]     targets
     valid    bool [B, N]
-    radius   a point must lie within `radius * stride` of the box centre, in x and in y
 
     Returns int64 [B, P]: the target of each point, -1 = background. Of several, the smallest box wins.
     """
-    points = centers(anchors)  # [P, 2]
-    reach = (anchors[:, 2] - anchors[:, 0]) * radius  # [P]
-
     # Per axis instead of a [B, P, N, 4] stack: the four distances are the largest tensors of the whole loss.
     x, y = points[:, 0, None], points[:, 1, None]  # [P, 1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # each [B, 1, N]

@@ -19,6 +19,17 @@ def centers(boxes: Tensor) -> Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
+def distances(boxes: Tensor, points: Tensor) -> Tensor:
+    """Pixels from points [..., 2] to the left, top, right and bottom side: [..., 4] -> [..., 4], > 0 inside."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def ordered(boxes: Tensor) -> Tensor:
+    """The same boxes [..., 4] with x1 <= x2 and y1 <= y2: sides that are found one by one may cross."""
+    first, second = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
+
+
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Cut boxes [..., 4] to images of sizes (h, w) [..., 2], broadcast over the leading shape."""
     limit = sizes.flip(-1).to(boxes.dtype)  # (w, h)

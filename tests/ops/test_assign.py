@@ -27,28 +27,23 @@ def test_pad_targets_fills_weights_that_only_some_images_have():
     assert padded.box_weight.tolist() == [[0.25, 0], [1, 1]]
 
 
-def points(*centers: tuple[float, float], stride: float = 8) -> torch.Tensor:
-    c = torch.tensor(centers)
-    return torch.cat([c - stride / 2, c + stride / 2], dim=1)
-
-
 def test_points_rules_by_hand():
     box = torch.tensor([[[0.0, 0, 100, 40]]])  # centre (50, 20)
-    anchors = points((50, 20), (61, 20), (62, 20), (50, 40))
+    points = torch.tensor([[50.0, 20], [61, 20], [62, 20], [50, 40]])
     ranges = torch.tensor([[0.0, math.inf]]).expand(4, 2)
-    # reach is 1.5 * 8 = 12 px, exclusive: x = 61 is in, 62 out; (50, 40) lies 20 px below
-    got = assign_points(anchors, ranges, box, torch.ones(1, 1, dtype=torch.bool), radius=1.5)
+    # reach 12 px, exclusive: x = 61 is in, 62 out; (50, 40) lies 20 px below
+    got = assign_points(points, torch.full((4,), 12.0), ranges, box, torch.ones(1, 1, dtype=torch.bool))
     assert got.tolist() == [[0, 0, -1, -1]]
 
 
 def test_points_take_boxes_of_their_range_and_the_smallest_of_several():
     boxes = torch.tensor([[[0.0, 0, 100, 100], [40, 40, 60, 60]]])
     both = torch.ones(1, 2, dtype=torch.bool)
-    anchors = points((50, 50), (50, 50))
+    points, reach = torch.tensor([[50.0, 50], [50, 50]]), torch.full((2,), 12.0)
     ranges = torch.tensor([[0.0, 64], [32, 64]])  # farthest sides are 50 and 10 px away
-    assert assign_points(anchors, ranges, boxes, both, 1.5).tolist() == [[1, 0]]
+    assert assign_points(points, reach, ranges, boxes, both).tolist() == [[1, 0]]
     only_first = torch.tensor([[True, False]])
-    assert assign_points(anchors, ranges, boxes, only_first, 1.5).tolist() == [[0, 0]]
+    assert assign_points(points, reach, ranges, boxes, only_first).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
