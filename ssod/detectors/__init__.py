@@ -15,6 +15,7 @@ DETECTORS = {
     "fcos": "ssod.detectors.fcos:FCOS",
     "retinanet": "ssod.detectors.retinanet:RetinaNet",
     "faster_rcnn": "ssod.detectors.faster_rcnn:FasterRCNN",
+    "deformable_detr": "ssod.detectors.deformable_detr:DeformableDETR",
 }
 
 
