@@ -17,7 +17,7 @@ from ssod.deploy.predictor import find_images
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
-from ssod.nn.backbone import load_backbone_weights
+from ssod.nn.backbone_weights import load_backbone_weights
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 
@@ -37,7 +37,7 @@ def data_yaml(name: str | None) -> Path:
     """The data YAML a `data=` argument means: a path, one of the package's own, or `shapes`, the drawn demo set."""
     if name is None:
         raise UserError("there is no data: give data=DATA.yaml, or data=shapes for the drawn demo set.")
-    return shapes_yaml() if name == "shapes" else find_yaml(name)
+    return shapes_yaml() if name == "shapes" else find_yaml(name, data=True)
 
 
 def load_split(data: str | None, split: str, data_path: str | None, strict: bool) -> Dataset:
