@@ -214,9 +214,14 @@ def cfg_folders() -> list[Path]:
     return [d for d in (here / "cfg", here.parent / "cfg") if (d / "default.yaml").is_file()]
 
 
-def find_yaml(name: str, near: Path | None = None) -> Path:
-    """Find a YAML by path (from `near`, then the working folder) or by its name among the package's own."""
-    places = [p for p in (near, Path()) if p is not None] + cfg_folders() + [d / "data" for d in cfg_folders()]
+def find_yaml(name: str, near: Path | None = None, data: bool = False) -> Path:
+    """Find a YAML by path (from `near`, then the working folder) or by its name among the package's own.
+
+    With `data`, the package's data YAMLs come before its recipes: voc.yaml is one of each.
+    """
+    own = cfg_folders() + [d / "data" for d in cfg_folders()]
+    own.sort(key=lambda d: data and d.name != "data")  # stable: without `data` nothing moves
+    places = [p for p in (near, Path()) if p is not None] + own
     names = [name] if Path(name).suffix in (".yaml", ".yml") else [name, f"{name}.yaml"]
     for place in places:
         for n in names:

@@ -3,8 +3,10 @@
 COCO    annotations/instances_train.json, or a folder of images whose annotations/instances_NAME.json lies in it
         or in `path`, NAME being the folder's or the split's; the images are found in images/NAME, NAME, ...
 VOC     ImageSets/Main/train.txt, or just its name `train`, or the folder that holds ImageSets
-YOLO    images/train (or train/images); the labels are found in labels/train (train/labels)
-images  any folder, for the split `unlabeled` only
+YOLO    images/train (or train/images); the labels are found in labels/train (train/labels), or beside the images
+list    train.txt, one image path a line, relative to the list or to `path`; labels as for YOLO
+glob    images/*/cam1_*.jpg; labels as for YOLO
+images  any folder, list or glob, for the split `unlabeled` only
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ from pathlib import Path
 
 from ssod.data import coco, voc, yolo
 from ssod.data.found import Found
+from ssod.data.listing import is_glob
 from ssod.data.samples import Inspector, Sample
 from ssod.errors import UserError
 
 
-def find_split(root: Path, value: str, split: str, where: str) -> Found:
+def way_out(layout: str, root: Path) -> str:
+    """What to do about data missing in `root`, for the end of a sentence; `layout` is the data YAML's."""
+    put = f"put {layout} into {root}" if layout else "mend the line or 'path'"
+    return f"{put}, give data_path=DIR, or try `ssod train cfg=demo.yaml`, which needs no data"
+
+
+def find_split(root: Path, value: str, split: str, where: str, remedy: str) -> Found:
     """Find out what `value`, relative to `root`, is; `where` names the line of the YAML for the errors.
+
+    `remedy` ends the sentence where there is nothing.
 
     Raises UserError when it is nothing, or when two formats fit.
     """
@@ -29,25 +40,28 @@ def find_split(root: Path, value: str, split: str, where: str) -> Found:
         tops = [root, folder.parent, folder] if folder.name == "annotations" else [folder, root]
         return _coco(target, root, split, tops)
     if target.suffix.lower() == ".txt" and target.is_file():
-        return _voc(target, root, split, where)
+        return _voc(target, root, split, where) if _in_image_sets(target) else _listed(target, root, split)
     if target.is_dir():
         return _folder(target, root, split, where)
+    if is_glob(value):
+        kind = "glob" if split == "unlabeled" else "YOLO glob"
+        return Found(kind, root, split, target, None)
     # Not a path, but perhaps the name of a list: `train: trainval`
     listed = root / "ImageSets" / "Main" / f"{value}.txt"
     if listed.is_file():
         return _voc(listed, root, split, where)
-    raise UserError(f"{where}: {target} does not exist; mend the line, 'path', or give data_path=DIR.")
+    raise UserError(f"{where}: {target} does not exist; {remedy}.")
 
 
 def class_names(found: Found) -> list[str]:
     """Class names in the order of the labels, from the annotations themselves."""
-    assert found.annotations is not None
-    if found.format == "COCO":
+    if found.format == "COCO" and found.annotations is not None:
         return coco.read_names(found.annotations)
     if found.format == "VOC":
         return voc.read_names(found.images.parent)
     raise UserError(
-        f"YOLO labels of {found.annotations} hold numbers only; list the classes as 'names' in the data YAML."
+        f"YOLO labels of {found.annotations or found.images} hold numbers only; list the classes as 'names' in the "
+        "data YAML."
     )
 
 
@@ -57,7 +71,7 @@ def read_split(found: Found, names: list[str], inspector: Inspector) -> list[Sam
         return coco.read(found, inspector)
     if found.format == "VOC":
         return voc.read(found, names, inspector)
-    if found.format == "YOLO":
+    if found.format.startswith("YOLO"):
         return yolo.read(found, names, inspector)
     return yolo.read_plain(found, inspector)
 
@@ -66,9 +80,15 @@ def _coco(json_path: Path, root: Path, split: str, tops: list[Path]) -> Found:
     return Found("COCO", root, split, coco.find_images(json_path, tops, split), json_path)
 
 
+def _listed(file: Path, root: Path, split: str) -> Found:
+    return Found("list" if split == "unlabeled" else "YOLO list", root, split, file.parent, file)
+
+
+def _in_image_sets(listed: Path) -> bool:
+    return listed.parent.name == "Main" and listed.parent.parent.name == "ImageSets"
+
+
 def _voc(listed: Path, root: Path, split: str, where: str) -> Found:
-    if listed.parent.name != "Main" or listed.parent.parent.name != "ImageSets":
-        raise UserError(f"{where}: a .txt list is read as Pascal VOC and must lie in ImageSets/Main, unlike {listed}.")
     images = listed.parents[2] / "JPEGImages"
     if not images.is_dir():
         raise UserError(f"{where}: {listed} is a Pascal VOC list, but its folder of images {images} is missing.")

@@ -2,23 +2,24 @@
 
 path: ../datasets/fish     # relative to this file; `data_path=DIR` on the command line replaces it
 train: images/train        # see ssod.data.formats for what these may point to
-unlabeled: images/more
+unlabeled: [images/more, images/still_more]   # several paths make one split
 val: images/val
 test: images/test
 names: [carp, pike]        # in class order; may be left out for COCO and VOC
+layout: images/ and labels/ of the fish set, from fish.example   # said where `path` or a split is missing
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ssod.data import coco
-from ssod.data.formats import class_names, find_split, read_split
+from ssod.data.formats import class_names, find_split, read_split, way_out
 from ssod.data.found import Found
 from ssod.data.samples import Dataset, Inspector, Problem, Sample, count_problems
 from ssod.errors import UserError, did_you_mean
@@ -32,13 +33,15 @@ SPLITS = ("train", "unlabeled", "val", "test")
 class DataYaml:
     """A data YAML, read and checked; no file beyond the YAML itself was touched.
 
-    root: what the splits are relative to, an absolute path. splits: {split: as written}. names: None where absent.
+    root: what the splits are relative to, an absolute path. splits: {split: its paths as written, one or more}.
+    names: None where absent. layout: what should lie in `root`, for messages; "" where absent.
     """
 
     file: Path
     root: Path
-    splits: dict[str, str]
+    splits: dict[str, list[str]]
     names: list[str] | None
+    layout: str = ""
 
 
 def load_data(
@@ -57,13 +60,16 @@ def load_data(
     data = read_data_yaml(yaml_path, path)
     inspector = Inspector(strict)
     try:
-        found = _find(data, split)
-        names = _names(data, split, found)
-        samples = read_split(found, names, inspector)
+        parts = find_parts(data, split)
+        names = _names(data, split, parts)
+        read = [read_split(found, names, inspector) for found in parts]
     finally:
         coco.load.cache_clear()
-    _refuse_empty(samples, split, found, data, inspector.problems)
-    return Dataset(samples, names, inspector.problems, found.format, data.root, split)
+    where = f"{data.file}, '{split}'"
+    _refuse_empty(read, split, parts, where, inspector.problems)
+    samples = _as_one(read, where)
+    formats = " + ".join(dict.fromkeys(found.format for found in parts))
+    return Dataset(samples, names, inspector.problems, formats, data.root, split)
 
 
 def read_data_yaml(yaml_path: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> DataYaml:
@@ -72,24 +78,19 @@ def read_data_yaml(yaml_path: str | os.PathLike[str], path: str | os.PathLike[st
     content = _load_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a data YAML holds keys such as train, val and names, not a {type(content).__name__}.")
-    known = ("path", *SPLITS, "names", "nc")
+    known = ("path", *SPLITS, "names", "nc", "layout")
     for key in content:
         if key not in known:
             hint = did_you_mean(str(key), known) or f" The keys are {', '.join(known)}."
             raise UserError(f"{file}: unknown key {key!r}.{hint}")
-    splits = {}
-    for split in SPLITS:
-        value = content.get(split)
-        if value is None:
-            continue
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(
-                f"{file}: '{split}' must be one path (a folder, a COCO .json or a VOC list), not {value!r}."
-            )
-        splits[split] = value
+    layout = content.get("layout") or ""
+    if not isinstance(layout, str):
+        raise UserError(f"{file}: 'layout' must be a text that says what lies in 'path', not {layout!r}.")
+    splits = {s: _paths(file, s, content[s]) for s in SPLITS if content.get(s) is not None}
     if not splits:
         raise UserError(f"{file}: no data in it; give at least one of {', '.join(SPLITS)}.")
-    return DataYaml(file, _root(file, content.get("path"), path), splits, _yaml_names(file, content))
+    root = _root(file, content.get("path"), path, layout)
+    return DataYaml(file, root, splits, _yaml_names(file, content), layout)
 
 
 def _load_yaml(file: Path) -> Any:
@@ -108,7 +109,15 @@ def _load_yaml(file: Path) -> Any:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def _root(file: Path, written: Any, override: str | os.PathLike[str] | None) -> Path:
+def _paths(file: Path, split: str, value: Any) -> list[str]:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p.strip() for p in paths):
+        known = "one path (a folder, a COCO .json or a VOC list) or a list of these"
+        raise UserError(f"{file}: '{split}' must be {known}, not {value!r}.")
+    return paths
+
+
+def _root(file: Path, written: Any, override: str | os.PathLike[str] | None, layout: str) -> Path:
     if override is not None:
         root, origin = Path(override).expanduser(), "the path given"
     elif written is None or isinstance(written, str):
@@ -116,7 +125,7 @@ def _root(file: Path, written: Any, override: str | os.PathLike[str] | None) -> 
     else:
         raise UserError(f"{file}: 'path' must be a folder, not {written!r}.")
     if not root.is_dir():
-        raise UserError(f"{origin}: there is no folder {root.absolute()}; mend it, or give data_path=DIR.")
+        raise UserError(f"{origin}: there is no folder {root.absolute()}; {way_out(layout, root)}.")
     return Path(os.path.abspath(root))  # tidies `..`, but keeps the user's own symbolic links
 
 
@@ -138,47 +147,69 @@ def _yaml_names(file: Path, content: dict[str, Any]) -> list[str] | None:
     return names
 
 
-def _find(data: DataYaml, split: str) -> Found:
+def find_parts(data: DataYaml, split: str) -> list[Found]:
+    """Where the paths of a split lie, in the order of the YAML; each is looked at on its own, formats may differ."""
     if split not in SPLITS:
         raise UserError(f"Unknown split {split!r}; it is one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     if split not in data.splits:
         raise UserError(f"{data.file}: there is no '{split}' in it; add the line '{split}: PATH' (relative to 'path').")
-    return find_split(data.root, data.splits[split], split, where=f"{data.file}, '{split}'")
+    where = f"{data.file}, '{split}'"
+    remedy = way_out(data.layout, data.root)
+    return [find_split(data.root, value, split, where, remedy) for value in data.splits[split]]
 
 
-def _names(data: DataYaml, split: str, found: Found) -> list[str]:
+def _names(data: DataYaml, split: str, parts: list[Found]) -> list[str]:
     """Class names: the YAML's; without these, the training annotations' (one list for all splits)."""
-    if split == "unlabeled" or found.format == "images":
+    if split == "unlabeled" or all(found.format == "images" for found in parts):
         if data.names is not None or "train" not in data.splits:
             return data.names or []
-        return class_names(_find(data, "train"))
+        return class_names(find_parts(data, "train")[0])
     if data.names is not None:
         expected, origin = data.names, str(data.file)
-    elif split != "train" and "train" in data.splits:
-        train = _find(data, "train")
-        expected, origin = class_names(train), str(train.annotations)
     else:
-        return class_names(found)
-    if found.format == "COCO":
-        written = class_names(found)
-        if written != expected:
-            raise UserError(
-                f"The class lists differ: {origin} has {expected}, {found.annotations} has {written} (by category id); "
-                "make them equal, or remove 'names' from the YAML."
-            )
+        first = find_parts(data, "train")[0] if split != "train" and "train" in data.splits else parts[0]
+        expected, origin = class_names(first), str(first.annotations)
+    for found in parts:
+        # A YOLO label holds no names, and a VOC folder need not show every class: their reader refuses unknown ones.
+        if found.format == "COCO" or (found.format == "VOC" and len(parts) > 1 and data.names is None):
+            written = class_names(found)
+            if written != expected:
+                raise UserError(
+                    f"The class lists differ: {origin} has {expected}, {found.annotations} has {written} (in the order "
+                    "of the labels); make them equal, or "
+                    + ("remove 'names' from the YAML." if data.names is not None else "list 'names' in the YAML.")
+                )
     return expected
 
 
-def _refuse_empty(samples: list[Sample], split: str, found: Found, data: DataYaml, problems: list[Problem]) -> None:
-    where = f"{data.file}, '{split}'"
-    if not samples:
-        first = f" The first of {len(problems)} problems: {problems[0]}." if problems else ""
+def _as_one(parts: list[list[Sample]], where: str) -> list[Sample]:
+    """Samples of several paths, one after the other; ids are counted anew from 1 where two paths use the same ones."""
+    samples = [s for part in parts for s in part]
+    if len(parts) == 1:
+        return samples
+    if len({s.image_id for s in samples}) < len(samples):
+        samples = [replace(s, image_id=i) for i, s in enumerate(samples, 1)]
+    part_of: dict[Path, int] = {}
+    for number, part in enumerate(parts):
+        for s in part:
+            if part_of.setdefault(s.path, number) != number:
+                raise UserError(f"{where}: two of its paths hold the image {s.path}; list every image once.")
+    return samples
+
+
+def _refuse_empty(
+    read: list[list[Sample]], split: str, parts: list[Found], where: str, problems: list[Problem]
+) -> None:
+    for samples, found in zip(read, parts, strict=True):
+        if not samples:
+            first = f" The first of {len(problems)} problems: {problems[0]}." if problems else ""
+            raise UserError(
+                f"{where}: no usable image in {found.annotations or found.images}; "
+                f"point '{split}' at data, or remove the line.{first}"
+            )
+    if split != "unlabeled" and not any((~s.crowd).any() for samples in read for s in samples):
+        places = " and ".join(str(found.annotations) for found in parts)
         raise UserError(
-            f"{where}: no usable image in {found.annotations or found.images}; "
-            f"point '{split}' at data, or remove the line.{first}"
-        )
-    if split != "unlabeled" and not any((~s.crowd).any() for s in samples):
-        raise UserError(
-            f"{where}: {len(samples)} images but not one box in {found.annotations}; "
+            f"{where}: {sum(map(len, read))} images but not one box in {places}; "
             "annotate some, or give the images as 'unlabeled'."
         )

@@ -336,7 +336,9 @@ def test_python_tags_are_refused(tmp_path: Path) -> None:
         ("trian: x", "Did you mean 'train'?"),
         ("download: https://example.org", "The keys are path, train"),
         ("names: [a]", "no data in it"),
-        ("train: [a, b]\nnames: [a]", "must be one path"),
+        ("train: [a, 5]\nnames: [a]", "must be one path"),
+        ("train: []\nnames: [a]", "must be one path"),
+        ("train: a\nlayout: [a]", "'layout' must be a text"),
         ("train: x\nnames: [a, a]", "more than once"),
         ("train: x\nnames: [a, 1]", "quote"),
         ("train: x\nnames: {0: a, 2: b}", "without a gap"),
@@ -371,7 +373,7 @@ def test_path_is_relative_to_the_yaml_and_can_be_overridden(
     away.write_text("path: gone\ntrain: images/train\nnames: [carp, pike]\n")
     monkeypatch.chdir(tmp_path)
     assert len(load_data("cfg/data.yaml", "train", path="yolo")) == 3
-    assert read_data_yaml(away, yolo_folder.root).splits == {"train": "images/train"}
+    assert read_data_yaml(away, yolo_folder.root).splits == {"train": ["images/train"]}
 
 
 # ----------------------------------------------------------------- fault 24: any name
