@@ -1,4 +1,4 @@
-"""YOLO text labels and plain folders of images.
+"""YOLO text labels, and images without labels.
 
 A label line is `class x_center y_center width height`, relative to the upright image; a polygon
 (`class x y x y x y ...`, as segmentation exports write it) stands for the box around it.
@@ -6,32 +6,47 @@ A label line is `class x_center y_center width height`, relative to the upright 
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, corrupt, list_images
+from ssod.data.found import Found, corrupt, list_images, walk_images
+from ssod.data.listing import glob_images, listed_images
 from ssod.data.samples import Inspector, Sample, no_objects
 
 
 def label_folder(images: Path, root: Path) -> Path | None:
-    """The folder beside that of the images, `images` replaced by `labels`, or None if there is none."""
-    parts = list(images.relative_to(root).parts) if images.is_relative_to(root) else list(images.parts)
+    """The folder of the labels: beside that of the images, `images` replaced by `labels`, or the images' own where
+    their labels lie next to them. None where there are none."""
+    below = images.relative_to(root) if images.is_relative_to(root) else images
+    folder = _images_to_labels(below)
+    if folder is not None and (root / folder).is_dir():
+        return root / folder
+    beside = any(path.with_suffix(".txt").is_file() for path in islice(walk_images(images), 100))
+    return images if beside else None
+
+
+def _images_to_labels(path: Path) -> Path | None:
+    """The path with its last part `images` replaced by `labels`, or None without such a part."""
+    parts = list(path.parts)
     for i in reversed(range(len(parts))):
         if parts[i] == "images":
-            folder = root.joinpath(*parts[:i], "labels", *parts[i + 1 :])
-            return folder if folder.is_dir() else None
+            return Path(*parts[:i], "labels", *parts[i + 1 :])
     return None
 
 
 def read(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
-    """Samples of a folder with labels, sorted by path. An image without a label file is background, and reported."""
-    assert found.annotations is not None
+    """Samples of a folder with labels, sorted by path, or of a list or glob of images.
+
+    An image without a label file is background, and reported.
+    """
+    folder = found.annotations if found.format == "YOLO" else None
     out: list[Sample] = []
     used: set[Path] = set()
-    for image_id, path in enumerate(list_images(found.images), 1):
-        label = (found.annotations / path.relative_to(found.images)).with_suffix(".txt")
+    for image_id, path in enumerate(images_of(found, inspector), 1):
+        label = _label_of(path) if folder is None else (folder / path.relative_to(found.images)).with_suffix(".txt")
         used.add(label)
         size = inspector.size(path)
         if size is None:
@@ -41,20 +56,36 @@ def read(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
         else:
             inspector.report(kinds.NO_LABEL_FILE, path, "", f"there is no {label}")
             out.append(Sample(path, image_id, *size, *no_objects(), labeled=True))
-    for label in sorted(found.annotations.rglob("*.txt")):
-        if label not in used and label.name != "classes.txt":  # labelling programs leave that one there
-            inspector.report(kinds.ANNOTATION_ORPHAN, label, "", f"there is no image for it in {found.images}")
+    if folder is not None and folder != found.images:
+        for label in sorted(folder.rglob("*.txt")):
+            if label not in used and label.name != "classes.txt":  # labelling programs leave that one there
+                inspector.report(kinds.ANNOTATION_ORPHAN, label, "", f"there is no image for it in {found.images}")
     return out
 
 
 def read_plain(found: Found, inspector: Inspector) -> list[Sample]:
-    """Unlabelled samples of a folder, sorted by path; nothing but images is opened."""
+    """Unlabelled samples of a folder, list or glob; nothing but images is opened."""
     out = []
-    for image_id, path in enumerate(list_images(found.images), 1):
+    for image_id, path in enumerate(images_of(found, inspector), 1):
         size = inspector.size(path)
         if size is not None:
             out.append(Sample.unlabeled(path, image_id, *size))
     return out
+
+
+def images_of(found: Found, inspector: Inspector) -> list[Path]:
+    """Image files of a folder or glob, sorted by path, or of a text list, in its order."""
+    if found.format.endswith("list"):
+        return listed_images(found, inspector)
+    return glob_images(found.images) if found.format.endswith("glob") else list_images(found.images)
+
+
+def _label_of(path: Path) -> Path:
+    """Where the label of an image stands whose label folder is not known: in `labels` instead of `images`, or
+    beside it."""
+    elsewhere, beside = _images_to_labels(path.parent), path.with_suffix(".txt")
+    label = beside if elsewhere is None else elsewhere / beside.name
+    return label if label.is_file() or not beside.is_file() else beside
 
 
 def _sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 
 from ssod.checkpoint import load_checkpoint
-from ssod.data.image import IMAGE_SUFFIXES, ImageError, image_size
+from ssod.data.image import ImageError, image_size
+from ssod.data.listing import find_images
 from ssod.data.samples import Sample
 from ssod.deploy.infer import Inference, detect, pick_device
 from ssod.deploy.results import Results
@@ -76,7 +76,7 @@ class Predictor:
         self.unreadable: list[tuple[str, str]] = []  # (path, reason) of sources skipped by the last call
 
     def __call__(self, source: str | Path | Sequence[str | Path]) -> list[Results]:
-        """Detect on an image, a folder, a glob or a list of these; results in the order of the sources.
+        """Detect on an image, a folder, a text list, a glob or a list of these; results in the order of the sources.
 
         Images that cannot be read are left out and listed in `unreadable`. Raises UserError when there is no image.
         """
@@ -123,20 +123,3 @@ class Predictor:
             f"classes: the model has no class {name!r}.{did_you_mean(str(name), self.names)} "
             f"It knows {', '.join(self.names)}."
         )
-
-
-def find_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Image files of a path, folder, glob or list of these, sorted within each. Raises UserError when one is empty."""
-    if not isinstance(source, str | Path):
-        return [p for s in source for p in find_images(s)]
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        matches = (Path(m) for m in glob.glob(str(source), recursive=True))
-        found = sorted(p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"source={source}: no image there. Give an image, a folder or a glob such as 'photos/*.jpg'.")
-    return found

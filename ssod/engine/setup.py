@@ -9,11 +9,11 @@ from pathlib import Path
 from ssod.checkpoint import load_checkpoint
 from ssod.config import TrainConfig, find_yaml, validate
 from ssod.data.image import ImageError, image_size
+from ssod.data.listing import find_images
 from ssod.data.samples import Dataset, Sample
 from ssod.data.shapes import shapes_yaml
 from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
-from ssod.deploy.predictor import find_images
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.errors import UserError

@@ -12,8 +12,9 @@ from PIL import Image
 
 from ssod.checkpoint import FORMAT, save_checkpoint
 from ssod.data.draw import class_color, draw_boxes, sheet
+from ssod.data.listing import find_images
 from ssod.deploy.infer import pick_device
-from ssod.deploy.predictor import Predictor, find_images
+from ssod.deploy.predictor import Predictor
 from ssod.deploy.results import Results
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
