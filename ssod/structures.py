@@ -162,9 +162,9 @@ class SlotOutput:
     """Raw predictions of Q queries per image, of every decoder layer, first to last (L of them).
 
     logits      [L, B, Q, K]  before the sigmoid
-    boxes       [L, B, Q, 4]  cxcywh, 0 .. 1 of each image's padded frame
+    boxes       [L, B, Q, 4]  cxcywh, 0 .. 1 of each image's valid area
     embeddings  [B, Q, C]     what the last layer's logits and boxes are computed from
-    dense       the encoder's own proposals (two-stage), or None
+    dense       the encoder's own proposals (two-stage), or None; raw, see the detector's `head` and `dense`
     pyramid     what the decoder looked at (frame and valid sizes)
     """
 
@@ -179,11 +179,12 @@ class SlotOutput:
 class Candidates:
     """What `weigh` sees after assignment: M candidates of the whole batch.
 
-    boxes    [M, 4]  xyxy pixels of the student's view (anchors, points' cells or proposals)
+    boxes    [M, 4]  xyxy pixels of the student's view (anchors, points' cells, proposals or what queries predict)
     image    int64 [M]  which image of the batch, 0 .. B-1
     labels   int64 [M]  assigned class, K = background, -1 = ignored
     matched  int64 [M]  index of the matched target in that image's Instances, -1 = none
-    stage    "dense", "rpn" or "roi"
+    stage    "dense"; "rpn", "roi"; "query" (all B * Q of the last decoder layer, in order), "aux" (those of the
+             layers before it, layer by layer), "encoder" (the proposals of all cells, B * S)
     """
 
     boxes: Tensor

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssod.detectors.base import Detector, DetectorOptions, full_precision, pyramid_of
+from ssod.detectors.base import Detector, DetectorOptions, check_batch, check_targets, full_precision, pyramid_of
 from ssod.detectors.set_loss import SetLoss, valid_extent
 from ssod.errors import UserError
 from ssod.nn.backbone import MakeBackbone
@@ -130,6 +130,7 @@ class DeformableDETR(Detector):
 
         Without `half_scale`, a half-size image lacks the lowest stride. Raises UserError where no stride is left.
         """
+        check_batch(images, sizes)
         maps = self.backbone(self.backbone.normalize(images, sizes))
         projected: dict[int, Tensor] = {}
         for key, layer in self.project.items():
@@ -182,6 +183,7 @@ class DeformableDETR(Detector):
         multiplied by their coefficients; weights change the numerators only. `weigh` is asked once for each of the
         stages "query", "aux" and "encoder".
         """
+        check_targets(targets, output.logits.shape[1])
         with full_precision(output.logits):
             return self.criterion(output, targets, weigh)
 

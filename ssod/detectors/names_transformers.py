@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssod.errors import UserError
 
-DEFAULT_POINTS, DEFAULT_QUERIES = 4, 300  # of the published models, where the file does not tell
+DEFAULT_POINTS, DEFAULT_QUERIES = 4, 300  # what transformers' configs leave out where it is the default
 FIRST_STRIDE = 8  # of a pyramid; a single level has stride 32
 
 # Applied in turn to each name; the older names first become the newer ones.
@@ -186,8 +186,8 @@ def _refuse_unknown_parts(config: dict[str, Any]) -> None:
     for key, only in wanted.items():
         if config.get(key, only) != only:
             raise UserError(f"This Deformable DETR has {key}={config[key]!r}; only {only!r} can be loaded.")
-    for part in ("n_points", "attention_heads", "ffn_dim"):
-        one, other = config.get(f"encoder_{part}"), config.get(f"decoder_{part}")
+    for part, usual in {"n_points": DEFAULT_POINTS, "attention_heads": 8, "ffn_dim": 1024}.items():
+        one, other = config.get(f"encoder_{part}", usual), config.get(f"decoder_{part}", usual)
         if one != other:
             raise UserError(
                 f"This Deformable DETR has encoder_{part}={one} and decoder_{part}={other}; "

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from ssod.detectors import DETECTORS, build_detector
-from ssod.detectors.base import HasDense, HasRegions
+from ssod.detectors import build_detector
+from ssod.detectors.base import HasDense, HasRegions, HasSlots
 from ssod.errors import UserError
 from ssod.structures import Instances, Weights
 
@@ -14,7 +14,19 @@ SMALL = {
     "fcos": {"fpn_channels": 32, "head_convs": 1, "head_groups": 8},
     "retinanet": {"fpn_channels": 32, "head_convs": 1},
     "faster_rcnn": {"fpn_channels": 32, "box_head_width": 64},
+    "deformable_detr": {
+        "width": 32,
+        "heads": 2,
+        "feed_forward": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "queries": 10,
+        "dropout": 0.0,  # the one thing that depends on the mode
+    },
 }
+STAGES = {"faster_rcnn": {"rpn", "roi"}, "deformable_detr": {"query", "aux", "encoder"}}
+BOX_LOSSES = {"box", "rpn_box", "centerness", "l1", "giou"}
+MIXED_LOSSES = {"aux", "encoder"}  # class and box losses in one sum
 K = 3
 
 
@@ -119,9 +131,12 @@ def test_target_weights_multiply_what_their_candidates_lose(name, images):
     same, boxless, half = weighted(1.0, 1.0), weighted(1.0, 0.0), weighted(0.0, 0.5)
     for key, value in plain.items():
         assert same[key].item() == pytest.approx(value.item(), rel=1e-5)
-        if key in ("box", "rpn_box", "centerness"):
+        if key in BOX_LOSSES:
             assert boxless[key].item() == 0
             assert half[key].item() == pytest.approx(value.item() / 2, rel=1e-5)
+        elif key in MIXED_LOSSES:
+            assert 0 < boxless[key].item() < value.item()
+            assert 0 < half[key].item() < value.item()
         else:
             assert boxless[key].item() == pytest.approx(value.item(), rel=1e-5)
             assert half[key].item() < value.item()
@@ -138,7 +153,7 @@ def test_weigh_sees_every_stage_and_its_weights_count(name, images):
         return Weights(cls=3 * ones, box=0 * ones)
 
     found = losses(model, images, TARGETS, weigh)
-    assert set(seen) == ({"rpn", "roi"} if name == "faster_rcnn" else {"dense"})
+    assert set(seen) == STAGES.get(name, {"dense"})
     for c in seen.values():
         fg = c.matched >= 0
         assert fg.any()
@@ -148,8 +163,9 @@ def test_weigh_sees_every_stage_and_its_weights_count(name, images):
         for image, label, matched in zip(c.image[fg], c.labels[fg], c.matched[fg], strict=True):
             assert TARGETS[image].labels[matched] == label
     for key, value in plain.items():
-        factor = 0 if key in ("box", "rpn_box", "centerness") else 3
-        assert found[key].item() == pytest.approx(factor * value.item(), rel=1e-4)
+        if key not in MIXED_LOSSES:
+            factor = 0 if key in BOX_LOSSES else 3
+            assert found[key].item() == pytest.approx(factor * value.item(), rel=1e-4)
 
 
 def test_autocast_changes_little_and_losses_stay_float32(name, images):
@@ -179,12 +195,15 @@ def test_a_half_size_image_answers_in_the_full_frame(name, images):
     assert min(shifted.maps) == 2 * min(full.maps)
     for stride in strides:
         assert shifted.maps[stride].shape == full.maps[stride].shape
-    whole, part = model.head(full), model.head(shifted)
+    whole, output = model.head(full), model.head(shifted)
+    part = output
+    if name == "deformable_detr":
+        whole, part = model.dense(whole), model.dense(output)
     assert list(part.spans) == strides  # what lies beyond the head's strides is dropped
     for stride in strides:
         assert torch.equal(whole.anchors[whole.spans[stride]], part.anchors[part.spans[stride]])
-    assert all(torch.isfinite(v) for v in model.loss(part, TARGETS).values())
-    assert len(model.decode(part, conf=0.0)[0]) > 0
+    assert all(torch.isfinite(v) for v in model.loss(output, TARGETS).values())
+    assert len(model.decode(output, conf=0.0)[0]) > 0
 
 
 def test_a_few_steps_learn(name, images):
@@ -210,10 +229,14 @@ def test_spec_rebuilds_the_same_architecture(name, images):
 
 
 def test_capabilities():
-    assert isinstance(small("fcos"), HasDense)
-    assert not isinstance(small("fcos"), HasRegions)
+    for dense in ("fcos", "retinanet"):
+        assert isinstance(small(dense), HasDense)
+        assert not isinstance(small(dense), HasRegions)
     assert isinstance(small("faster_rcnn"), HasRegions)
     assert not isinstance(small("faster_rcnn"), HasDense)
+    assert isinstance(small("deformable_detr"), HasSlots)
+    assert isinstance(small("deformable_detr"), HasDense)
+    assert not isinstance(small("fcos"), HasSlots)
 
 
 def test_regions_of_one_network_can_be_judged_by_another(images):
@@ -237,9 +260,42 @@ def test_regions_of_one_network_can_be_judged_by_another(images):
         ({"name": "fcos", "num_classes": 3, "options": {"fpn_chanels": 8}}, "Did you mean 'fpn_channels'"),
         ({"name": "fcos", "num_classes": 3, "options": {"head_convs": "4"}}, "detector.head_convs='4' is not valid"),
         ({"name": "fcos", "num_classes": 3, "options": {"fpn_channels": 100}}, "head_groups=12 does not divide"),
+        ({"name": "retinanet", "num_classes": 3, "options": {"codec": "l2"}}, "codec='l2' is not valid for retinanet"),
+        ({"name": "faster_rcnn", "num_classes": 3, "options": {"rank_by_quality": True}}, "codec=l1 gives none"),
     ],
 )
 def test_wrong_input_is_said_in_one_sentence(arguments, message):
     with pytest.raises(UserError, match=message) as error:
         build_detector(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (33, 200)], ids=str)
+def test_images_smaller_than_a_stride_are_seen(name, size):
+    model = small(name).eval()
+    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    target = Instances(torch.tensor([[0.0, 0, size[1], size[0]]]), torch.tensor([1]))
+    assert all(torch.isfinite(v) for v in losses(model, image, [target]).values())
+    for instances in model(image, conf=0.0):
+        assert (instances.boxes <= torch.tensor([size[1], size[0]]).repeat(2)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "message"),
+    [
+        ((1, 3, 0, 64), None, r"images are \[1, 3, 0, 64\].*none of them 0"),
+        ((0, 3, 64, 64), None, r"images are \[0, 3, 64, 64\]"),
+        ((3, 64, 64), None, r"images are \[3, 64, 64\]; a detector wants \[batch, 3, height, width\]"),
+        ((1, 1, 64, 64), None, r"images are \[1, 1, 64, 64\]"),
+        ((2, 3, 64, 64), torch.ones(1, 2), r"sizes are \[1, 2\] for 2 images"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_said_in_one_sentence(name, shape, sizes, message):
+    with pytest.raises(UserError, match=message) as error:
+        small(name)(torch.zeros(shape), sizes)
+    assert "\n" not in str(error.value)
+
+
+def test_targets_of_other_images_are_refused(name, images):
+    with pytest.raises(UserError, match="targets of 1 images for a batch of 2"):
+        losses(small(name), images, TARGETS[:1])
