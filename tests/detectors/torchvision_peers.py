@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn, retinanet_resnet50_fpn
 
 from ssod.detectors.base import Detector
 from ssod.structures import Instances
 
-FCOS_NAMES = [
+DENSE_NAMES = [
     (r"^backbone\.body\.", "backbone.net."),
     (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", lambda m: f"fpn.lateral.{8 << int(m[1])}."),
     (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", lambda m: f"fpn.smooth.{8 << int(m[1])}."),
     (r"^backbone\.fpn\.extra_blocks\.p6\.", "fpn.extra.first."),
     (r"^backbone\.fpn\.extra_blocks\.p7\.", "fpn.extra.second."),
+    (r"^head\.classification_head\.conv\.(\d)\.0\.", lambda m: f"cls_tower.{2 * int(m[1])}."),
+    (r"^head\.regression_head\.conv\.(\d)\.0\.", lambda m: f"box_tower.{2 * int(m[1])}."),
     (r"^head\.classification_head\.conv\.", "cls_tower."),
     (r"^head\.regression_head\.conv\.", "box_tower."),
     (r"^head\.classification_head\.cls_logits\.", "cls_logits."),
@@ -35,25 +38,36 @@ FASTER_RCNN_NAMES = [
     (r"^roi_heads\.box_predictor\.cls_score\.", "roi_logits."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_codes."),
 ]
+LOSSES = {
+    "fcos": {"cls": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"},
+    "retinanet": {"cls": "classification", "box": "bbox_regression"},
+    "faster_rcnn": {
+        "rpn_cls": "loss_objectness",
+        "rpn_box": "loss_rpn_box_reg",
+        "cls": "loss_classifier",
+        "box": "loss_box_reg",
+    },
+}
+MAX_DET = 2000  # more than there are: a cut through equal scores would be arbitrary on both sides
+FIRST_LABEL = {"fcos": 0, "retinanet": 0, "faster_rcnn": 1}
 
 
-def peer_fcos(num_classes: int, size: int) -> nn.Module:
-    peer = fcos_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=num_classes, min_size=size, max_size=size, score_thresh=0.05
-    )
-    return _telling(peer, scale=3)
-
-
-def peer_faster_rcnn(num_classes: int, size: int) -> nn.Module:
-    """Everything is sampled, so that neither side draws at random."""
+def peer_of(name: str, num_classes: int, shorter_side: int) -> nn.Module:
+    """A peer that resizes no image of this shorter side, and keeps every box of a score above 0.05 (up to MAX_DET)."""
+    common = {"weights": None, "weights_backbone": None, "min_size": shorter_side, "max_size": 10 * shorter_side}
+    if name == "fcos":
+        return _telling(
+            fcos_resnet50_fpn(num_classes=num_classes, score_thresh=0.05, detections_per_img=MAX_DET, **common), scale=3
+        )
+    if name == "retinanet":
+        peer = retinanet_resnet50_fpn(num_classes=num_classes, score_thresh=0.05, detections_per_img=MAX_DET, **common)
+        return _telling(peer, scale=30)
     peer = fasterrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
         num_classes=num_classes + 1,
-        min_size=size,
-        max_size=size,
-        rpn_batch_size_per_image=100_000,
-        box_batch_size_per_image=100_000,
+        rpn_batch_size_per_image=64,
+        box_batch_size_per_image=64,
+        box_detections_per_img=MAX_DET,
+        **common,
     )
     return _telling(peer, scale=8)
 
@@ -69,23 +83,36 @@ def _telling(peer: nn.Module, scale: float) -> nn.Module:
     for name, value in peer.named_parameters():
         if re.search(r"(cls_logits|cls_score|bbox_reg|bbox_pred|bbox_ctrness)\.weight", name):
             value.data.mul_(scale)
-        if "bbox_reg.bias" in name:
+        if "bbox_reg.bias" in name and value.numel() == 4:  # FCOS: distances, which must be positive to count
             value.data.fill_(1.5)
     return peer.eval()
 
 
-def copy_weights(peer: nn.Module, ours: Detector) -> None:
-    fcos = not hasattr(peer, "rpn")
-    state: dict[str, Tensor] = {}
-    for name, value in peer.state_dict().items():
-        if not fcos and "box_predictor" in name:
+def in_our_words(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a peer by our names and in our order: weights, or their gradients."""
+    faster_rcnn = any(name.startswith("rpn.") for name in theirs)
+    ours: dict[str, Tensor] = {}
+    for name, value in theirs.items():
+        if "box_predictor" in name:
             # theirs: background first, with codes of its own; ours: background last, without codes
             value = torch.cat([value[1:], value[:1]]) if "cls_score" in name else value[4:]
-        for pattern, new in FCOS_NAMES if fcos else FASTER_RCNN_NAMES:
+        for pattern, new in FASTER_RCNN_NAMES if faster_rcnn else DENSE_NAMES:
             name = re.sub(pattern, new, name)
-        state[name] = value
-    ours.load_state_dict(state)
+        ours[name] = value
+    return ours
 
 
-def peer_targets(targets: list[Instances], first_label: int) -> list[dict[str, Tensor]]:
-    return [{"boxes": t.boxes, "labels": t.labels + first_label} for t in targets]
+def copy_weights(peer: nn.Module, ours: Detector) -> None:
+    ours.load_state_dict(in_our_words(peer.state_dict()))
+
+
+def peer_targets(targets: list[Instances], name: str) -> list[dict[str, Tensor]]:
+    return [{"boxes": t.boxes, "labels": t.labels + FIRST_LABEL[name]} for t in targets]
+
+
+def as_batch(images: list[Tensor], multiple: int = 32) -> tuple[Tensor, Tensor]:
+    """Images [3, h, w] of different sizes -> one batch, padded as theirs are, and the sizes [B, 2]."""
+    sizes = torch.tensor([i.shape[1:] for i in images])
+    height, width = (-(-sizes.amax(0) // multiple) * multiple).tolist()
+    batch = torch.stack([nn.functional.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
+    return batch, sizes
