@@ -17,62 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic.fields import FieldInfo
 
 from ssod.errors import UserError, did_you_mean
+from ssod.sections import Augment, Component, Data, Inference, RunFolder, Section, three_views
 from ssod.recipe import rescale
-
-Pipeline = str | list[Any]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Component(Section):
-    """A named part and its own options; the part itself (detector, strategy) checks the options."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class Augment(Section):
-    """Names of pipelines, or lists of steps, for the three kinds of view."""
-
-    labeled: Pipeline = Field("weak", description="view of the labelled images")
-    weak: Pipeline = Field("weak", description="view of the unlabelled images that the teacher sees")
-    strong: Pipeline = Field("strong", description="view of the unlabelled images that the student learns from")
-
-
-class RunFolder(Section):
-    """Where a mode writes."""
-
-    project: str = Field("runs", description="parent folder; a run goes to PROJECT/MODE/NAME")
-    name: str = Field("exp", description="name of the run folder; where it exists, NAME-2 and so on")
-    exist_ok: bool = Field(False, description="write into an existing run folder instead of NAME-2")
-    verbose: bool = Field(False, description="print the traceback of an error")
-
-
-class Inference(Section):
-    """How raw predictions become detections, and on what."""
-
-    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
-    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
-    imgsz: int = Field(640, ge=32, description="long side of the image, pixels")
-    conf: float = Field(0.05, ge=0, le=1, description="lowest score of a detection")
-    iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold")
-    max_det: int = Field(100, ge=1, description="most detections of one image")
-
-
-class Data(Section):
-    """Which images and annotations."""
-
-    data: str | None = Field(
-        None, description="data YAML (path, train, unlabeled, val, test, names), or shapes: the drawn demo set"
-    )
-    data_path: str | None = Field(None, description="folder of the data, instead of `path:` in the data YAML")
-    strict: bool = Field(False, description="stop at the first flaw of the data instead of reporting it")
 
 
 class TrainConfig(RunFolder, Inference, Data):
@@ -80,10 +26,21 @@ class TrainConfig(RunFolder, Inference, Data):
 
     detector: Component = Field(Component(name="fcos"), description="fcos or faster_rcnn, with its options")
     strategy: Component = Field(Component(name="mean_teacher"), description="supervised or mean_teacher, with options")
-    backbone: str = Field("resnet50", description="any timm backbone with feature maps up to stride 32")
-    weights: str | None = Field(None, description="weights to start from: a backbone's own, or an ssod checkpoint")
+    backbone: str = Field(
+        "resnet50", description="any timm backbone with feature maps up to stride 32, or a plain ViT of patch 16"
+    )
+    caffe_stride: bool = Field(
+        False, description="caffe-style ResNet: a stage's stride sits in the 1x1 convolution of its first bottleneck"
+    )
+    weights: str | None = Field(
+        None,
+        description="weights to start from: a checkpoint of ssod, torchvision or transformers, a backbone's own, "
+        "or torchvision://NAME",
+    )
     frozen_norm: bool | None = Field(
-        None, description="keep the backbone's batch norm fixed; default: true with weights, false without"
+        None,
+        description="keep the backbone's batch norm fixed; default: as in an ssod checkpoint, true with other weights, "
+        "false without",
     )
     freeze: int = Field(0, ge=0, description="freeze the backbone's stem and this many of its stages; 0 = train all")
 
@@ -92,7 +49,8 @@ class TrainConfig(RunFolder, Inference, Data):
         "auto",
         description="unlabelled images: auto (rest of train and the YAML's `unlabeled`), rest, none, or a folder",
     )
-    augment: Augment = Field(Augment(), description="views of the images")
+    augment: Augment = Field(Augment(), description="views of the images; a paper's name sets all three")
+    augment_on: Literal["worker", "device"] = Field("worker", description="where the strong view's pixel work runs")
     cache: bool = Field(False, description="keep decoded, resized images in memory (each worker its own)")
     max_bad: float = Field(0.05, ge=0, le=1, description="stop when more than this share of images cannot be read")
 
@@ -195,6 +153,7 @@ class CheckConfig(RunFolder, Data):
     device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
     decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
     samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
+    augment: Augment | None = Field(None, description="views to draw into views.png, weak beside strong; as in train")
     seed: int = Field(0, ge=0, description="which images are drawn")
 
 
@@ -288,7 +247,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, word: str) -> None:
     for part in path[:-1]:
         inner = tree.setdefault(part, {})
         if not isinstance(inner, dict):  # `strategy=sed strategy.tau=.8` in one line
-            inner = tree[part] = {"name": inner} if part in _COMPONENTS else {}
+            inner = {"name": inner} if part in _COMPONENTS else three_views(inner) if part == "augment" else {}
+            tree[part] = inner
         tree = inner
     if isinstance(tree.get(path[-1]), dict) and path[-1] in _COMPONENTS and isinstance(value, str):
         tree[path[-1]]["name"] = value
@@ -308,6 +268,8 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
             value = {"name": value}
         if key in _COMPONENTS and isinstance(old, str):
             old = {"name": old}
+        if key == "augment":
+            value, old = three_views(value), three_views(old)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             renamed = key in _COMPONENTS and "name" in value and value["name"] != old.get("name")
             value = dict(value) if renamed else merge(old, value)

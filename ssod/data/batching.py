@@ -19,12 +19,16 @@ from ssod.ops.views import map_instances
 from ssod.structures import Instances, View
 
 
-def targets_in(sample: Sample, frame: Frame) -> Instances:
-    """The sample's boxes in the pixels of a frame: crowds left out, clipped, and dropped where clipped away."""
+def objects_of(sample: Sample) -> Instances:
+    """The sample's boxes and labels in pixels of its file; crowds left out."""
     real = ~sample.crowd
-    source = Instances(torch.from_numpy(sample.boxes[real]).float(), torch.from_numpy(sample.labels[real]).long())
+    return Instances(torch.from_numpy(sample.boxes[real]).float(), torch.from_numpy(sample.labels[real]).long())
+
+
+def targets_in(objects: Instances, frame: Frame) -> Instances:
+    """Objects, given where the frame's matrix maps from, in its own pixels: clipped, dropped where clipped away."""
     h, w = frame.image.shape[1:]
-    return map_instances(source, torch.from_numpy(frame.matrix), (h, w))[0]
+    return map_instances(objects, torch.from_numpy(frame.matrix), (h, w))[0]
 
 
 def round_up(size: int, multiple: int) -> int:

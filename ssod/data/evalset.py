@@ -8,7 +8,7 @@ from itertools import groupby
 
 from torch.utils.data import DataLoader, Dataset
 
-from ssod.data.batching import parcel, round_up, stack, targets_in
+from ssod.data.batching import objects_of, parcel, round_up, stack, targets_in
 from ssod.data.geometry import fitted, resize
 from ssod.data.image import ImageError
 from ssod.data.loader import Bad, as_is, named_failures, worker_options
@@ -95,5 +95,5 @@ class _EvalDataset(Dataset[tuple[list[View], Bad]]):
     def _view(self, group: list[tuple[int, Frame]]) -> View:
         indices = [index for index, _ in group]
         frames = [frame for _, frame in group]
-        targets = [targets_in(self.samples[i], frame) for i, frame in group]
+        targets = [targets_in(objects_of(self.samples[i]), frame) for i, frame in group]
         return stack(frames, targets, indices, self.pad_to)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssod.data.batching import parcel, stack, targets_in
 from ssod.data.geometry import cv2
 from ssod.data.image import ImageError
+from ssod.data.mixing import Mixing, Source
 from ssod.data.operations import Frame, Rng
 from ssod.data.reader import ImageCache, Reader
 from ssod.data.samples import Sample
@@ -31,6 +33,7 @@ Bad = list[tuple[str, str]]
 
 MAX_BAD_IN_A_ROW = 100
 WEAK = 0  # the number of the weak view among the views of an image; the others count from 1
+MIXING = 2**16  # and that of the draws of mosaic and mixup
 
 
 class LoaderError(Fault):
@@ -40,28 +43,44 @@ class LoaderError(Fault):
 class ViewMaker:
     """The views of one stream's images, by position of the stream."""
 
-    def __init__(self, reader: Reader, stream: Stream, number: int, weak: Chain) -> None:
-        self.reader, self.stream, self.number, self.weak = reader, stream, number, weak
+    def __init__(self, reader: Reader, stream: Stream, number: int, weak: Chain, mixing: Sequence[Mixing] = ()) -> None:
+        self.reader, self.stream, self.number, self.weak, self.mixing = reader, stream, number, weak, mixing
 
-    def draw(self, position: int, chains: Sequence[Chain], bad: Bad) -> tuple[int, list[Frame]]:
-        """(index of the image, a frame per chain); unreadable images are noted in `bad` and passed over."""
-        epoch, index, source = self._readable(position, bad)
-        weak = source
+    def draw(self, position: int, chains: Sequence[Chain], bad: Bad) -> tuple[Source, list[Frame]]:
+        """(the source image, a frame per chain); unreadable images are noted in `bad` and passed over."""
+        n = self.stream.n
+        epoch, source = self._readable((self.stream.at(position, skip) for skip in range(n)), bad)
+        index = source.index
+        if self.mixing:
+            source = self._mixed(source, self._rng(epoch, index, MIXING), bad)
+        weak = source.frame
         if any(chain.from_weak for chain in chains):
-            weak = self.weak(source, self._rng(epoch, index, WEAK))
-        starts = [weak if chain.from_weak else source for chain in chains]
+            weak = self.weak(source.frame, self._rng(epoch, index, WEAK))
+        starts = [weak if chain.from_weak else source.frame for chain in chains]
         views = enumerate(zip(chains, starts, strict=True), WEAK + 1)
-        return index, [chain(start, self._rng(epoch, index, view)) for view, (chain, start) in views]
+        return source, [chain(start, self._rng(epoch, index, view)) for view, (chain, start) in views]
 
-    def _readable(self, position: int, bad: Bad) -> tuple[int, int, Frame]:
-        for skip in range(min(MAX_BAD_IN_A_ROW, self.stream.n)):
-            epoch, index = self.stream.at(position, skip)
+    def _mixed(self, source: Source, rng: Rng, bad: Bad) -> Source:
+        n = self.stream.n
+
+        def other() -> Source:
+            first = int(rng.integers(n))
+            return self._readable(((0, (first + skip) % n) for skip in range(n)), bad)[1]
+
+        for mix in self.mixing:
+            source = mix(source, other, rng)
+        return source
+
+    def _readable(self, places: Iterable[tuple[int, int]], bad: Bad) -> tuple[int, Source]:
+        """(epoch, source) of the first of some (epoch, index) whose image can be read."""
+        for epoch, index in islice(places, MAX_BAD_IN_A_ROW):
             try:
-                return epoch, index, self.reader[index]
+                return epoch, Source(index, self.reader[index])
             except ImageError as error:
                 bad.append((str(error.path), error.reason))
+        tries = min(MAX_BAD_IN_A_ROW, self.stream.n)
         path, reason = bad[-1]
-        raise UserError(f"{skip + 1} images in a row cannot be read, the last one {path} ({reason}); check the data.")
+        raise UserError(f"{tries} images in a row cannot be read, the last one {path} ({reason}); check the data.")
 
     def _rng(self, epoch: int, index: int, view: int) -> Rng:
         return generator(self.stream.seed, self.number, epoch, index, view)
@@ -103,14 +122,15 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         drawn = [maker.draw(position, self.labeled_chains, bad) for position in maker.stream.positions(step)]
         # One view of all images, then the next view of all images.
         frames = [frames[v] for v in range(len(self.labeled_chains)) for _, frames in drawn]
-        indices = [index for index, _ in drawn] * len(self.labeled_chains)
-        targets = [targets_in(self.samples[i], frame) for i, frame in zip(indices, frames, strict=True)]
+        sources = [source for source, _ in drawn] * len(self.labeled_chains)
+        indices = [source.index for source in sources]
+        targets = [targets_in(s.objects(self.samples), f) for s, f in zip(sources, frames, strict=True)]
         return stack(frames, targets, indices, self.pad_to, self.square)
 
     def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:
         same = Chain((), from_weak=True)
         drawn = [maker.draw(position, (same, self.strong), bad) for position in maker.stream.positions(step)]
-        indices = [index for index, _ in drawn]
+        indices = [source.index for source, _ in drawn]
         weak, strong = (
             stack(list(frames), [Instances.empty() for _ in drawn], indices, self.pad_to, self.square)
             for frames in zip(*(frames for _, frames in drawn), strict=True)
@@ -192,15 +212,15 @@ def build_loader(
     weak_chain, strong_chain = weak.as_weak(), strong.chains[0]
     longest = max(chain.longest for chain in (weak_chain, strong_chain, *labeled_view.chains))
 
-    def maker(samples: Sequence[Sample], number: int, size: int) -> ViewMaker:
+    def maker(samples: Sequence[Sample], number: int, size: int, mixing: Sequence[Mixing]) -> ViewMaker:
         reader = Reader(samples, longest, ImageCache(samples, longest) if cache else None)
-        return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, weak_chain)
+        return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, weak_chain, mixing)
 
     dataset = StepDataset(
-        maker(labeled, 0, batch),
+        maker(labeled, 0, batch, labeled_mixing(labeled_view, weak_chain)),
         labeled,
         labeled_view.chains,
-        maker(unlabeled, 1, batch_unlabeled) if batch_unlabeled else None,
+        maker(unlabeled, 1, batch_unlabeled, weak_chain.mixing) if batch_unlabeled else None,
         strong_chain,
         pad_to,
         square=0 if rect else longest,
@@ -208,6 +228,12 @@ def build_loader(
     return StepLoader(
         dataset, sampler=range(start_step, steps), collate_fn=as_is, **worker_options(workers, pin, timeout)
     )
+
+
+def labeled_mixing(views: Views, weak: Chain) -> Sequence[Mixing]:
+    """What mixes labelled images: their own list's, or the weak view's where they go on from it."""
+    own = next((chain.mixing for chain in views.chains if chain.mixing), ())
+    return own or (weak.mixing if all(chain.from_weak for chain in views.chains) else ())
 
 
 def worker_options(workers: int, pin: bool, timeout: float) -> dict[str, Any]:

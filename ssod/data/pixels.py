@@ -16,41 +16,46 @@ from ssod.data.geometry import cv2, from_hwc, to_hwc
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision use it
 
 
-# Colour: a chain of brightness, contrast, saturation, hue and grayscale is one affine map of RGB. Each function
-# below returns its [3, 4] matrix (3x3 and an offset); `then` composes them; `recolour` touches the pixels once.
+# Colour: a chain of brightness, contrast, saturation, hue and grayscale is one affine map of RGB, whose offset is
+# itself linear in the image's mean colour (contrast blends with the mean luma). A colour matrix [3, 6] = [P | Q]
+# means y = P x + Q mean(x); each function below returns one, `then` composes them, `recolour` touches the pixels
+# once. So a chain can be drawn before its image is seen.
 # Two approximations against the usual chain: values are clipped at the end only, and hue turns RGB space about
 # its gray axis. That keeps the mean of R, G and B where HSV keeps the largest of them; both agree at thirds of
 # the circle. On photographs it is nearer to HSV than a rotation in YIQ: 0.65-0.75 against 1.0-1.2 of the mean
 # change that a turn of 0.1 makes.
 
+_EYE, _NONE, _LUMA_ROWS = np.eye(3), np.zeros((3, 3)), np.tile(LUMA, (3, 1))
+_ACROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # cross product with the gray axis
+UNCHANGED = np.hstack((_EYE, _NONE))
+
 
 def brightness(factor: float) -> np.ndarray:
     """x -> factor * x."""
-    return np.hstack((np.eye(3) * factor, np.zeros((3, 1))))
+    return np.hstack((_EYE * factor, _NONE))
 
 
-def contrast(factor: float, mean: np.ndarray) -> np.ndarray:
-    """Blend with the mean luma of the image, whose mean colour [3] is `mean` at this point of the chain."""
-    return np.hstack((np.eye(3) * factor, np.full((3, 1), (1 - factor) * (LUMA @ mean))))
+def contrast(factor: float) -> np.ndarray:
+    """Blend with the mean luma of the image."""
+    return np.hstack((_EYE * factor, _LUMA_ROWS * (1 - factor)))
 
 
 def saturation(factor: float) -> np.ndarray:
     """Blend every pixel with its own luma; 0 gives grayscale."""
-    return np.hstack((np.eye(3) * factor + (1 - factor) * LUMA, np.zeros((3, 1))))
+    return np.hstack((_EYE * factor + (1 - factor) * LUMA, _NONE))
 
 
 def hue(turn: float) -> np.ndarray:
     """Turn the colours by a share of the full circle, -0.5 .. 0.5; positive goes red -> green -> blue."""
     angle = 2 * np.pi * turn
-    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # cross product with the gray axis
-    rotation = np.cos(angle) * np.eye(3) + np.sin(angle) * across + (1 - np.cos(angle)) / 3
-    return np.hstack((rotation, np.zeros((3, 1))))
+    rotation = np.cos(angle) * _EYE + np.sin(angle) * _ACROSS + (1 - np.cos(angle)) / 3
+    return np.hstack((rotation, _NONE))
 
 
 def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The [3, 4] matrix that does `first`, then `second`."""
+    """The colour matrix that does `first`, then `second`; after `first` the mean is (P + Q) mean."""
     both = second[:, :3] @ first
-    both[:, 3] += second[:, 3]
+    both[:, 3:] += second[:, 3:] @ (first[:, :3] + first[:, 3:])
     return both
 
 
@@ -60,10 +65,14 @@ def mean_colour(image: Tensor) -> np.ndarray:
 
 
 def recolour(image: Tensor, matrix: np.ndarray) -> Tensor:
-    """Apply a colour matrix [3, 4] to every pixel, rounded and clipped to 0 .. 255."""
+    """Apply a colour matrix [3, 6] to every pixel, rounded and clipped to 0 .. 255."""
+    shift = matrix[:, 3:]
+    affine = np.empty((3, 4), np.float32)
+    affine[:, :3] = matrix[:, :3]
+    affine[:, 3] = shift @ mean_colour(image) if shift.any() else 0
     if cv2 is not None:
-        return from_hwc(cv2.transform(to_hwc(image), matrix.astype(np.float32)))
-    mix, offset = torch.tensor(matrix[:, :3], dtype=torch.float32), torch.tensor(matrix[:, 3:], dtype=torch.float32)
+        return from_hwc(cv2.transform(to_hwc(image), affine))
+    mix, offset = torch.from_numpy(affine).split((3, 1), dim=1)
     flat = image.contiguous().reshape(3, -1).float()  # [3, H * W]
     mixed = torch.addmm(offset + 0.5, mix, flat).clamp_(0, 255)
     return mixed.to(torch.uint8).reshape(image.shape)
