@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from ssod.errors import UserError, did_you_mean
-from ssod.sections import Augment, Component, Data, Inference, RunFolder, Section, three_views
 from ssod.recipe import rescale
+from ssod.sections import Augment, Component, Data, Inference, RunFolder, Section, three_views
 
 
 class TrainConfig(RunFolder, Inference, Data):
@@ -152,9 +152,37 @@ class CheckConfig(RunFolder, Data):
     batch: int = Field(2, ge=1, description="images of the measured step")
     device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
     decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
+    strict: bool = Field(False, description="exit code 1 for warnings, too")
+    as_json: bool = Field(False, alias="json", description="print JSON for programs and nothing else, draw nothing")
     samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
     augment: Augment | None = Field(None, description="views to draw into views.png, weak beside strong; as in train")
     seed: int = Field(0, ge=0, description="which images are drawn")
+
+
+class SplitConfig(Data):
+    """`ssod split`"""
+
+    out: str = Field(description="new folder for the splits; see docs/splits.md for what it will hold")
+    percent: float | list[float] = Field([1.0, 2.0, 5.0, 10.0], description="labelled shares of train, in percent")
+    folds: int = Field(1, ge=1, description="splits of each share or kind; fold k (from 0) draws with seed + k")
+    seed: int = Field(0, ge=0, description="seed of fold 0")
+    canonical: str | None = Field(
+        None, description="take the shares from a list of positions, such as COCO_supervision.txt, instead of drawing"
+    )
+    canonical_images: int = Field(117_266, ge=1, description="images with a box among which that list counts")
+    sparse: Literal["easy", "hard", "extreme", "50miss"] | None = Field(
+        None, description="keep all images and erase some of their boxes"
+    )
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SplitConfig:
+        others = sorted({"percent", "canonical", "canonical_images"} & self.model_fields_set)
+        if self.sparse is not None and others:
+            raise ValueError(f"'sparse' keeps all images labelled; leave out {' and '.join(others)}")
+        if self.canonical is not None and "seed" in self.model_fields_set:
+            raise ValueError("'canonical' takes the images from a list and draws nothing; leave out seed")
+        return self
 
 
 MODES: dict[str, type[Section]] = {
@@ -162,6 +190,7 @@ MODES: dict[str, type[Section]] = {
     "val": ValConfig,
     "predict": PredictConfig,
     "check": CheckConfig,
+    "split": SplitConfig,
 }
 _COMPONENTS = ("detector", "strategy")
 _EITHER = ("iters", "epochs")
@@ -378,7 +407,7 @@ def _defaults(model: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
             shown = value["name"]
         else:
             shown = yaml.safe_dump(value, default_flow_style=True, width=1000, sort_keys=False).split("\n")[0]
-        yield key, shown, f
+        yield f.alias or key, shown, f
 
 
 def to_yaml(config: BaseModel) -> str:
