@@ -46,7 +46,8 @@ class _Samples(torch.autograd.Function):
         out = torch.empty(batch, queries, heads, value.shape[-1], dtype=value.dtype, device=value.device)
         if out.numel():
             grid, sizes = _launch(value, weights)
-            _forward[grid](value, locations, weights, maps, out, **sizes)
+            with torch.cuda.device_of(value):  # a kernel starts on the current device, wherever its tensors are
+                _forward[grid](value, locations, weights, maps, out, **sizes)
         ctx.save_for_backward(value, locations, weights, maps)
         return out.flatten(2)
 
@@ -58,10 +59,9 @@ class _Samples(torch.autograd.Function):
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
         if weights.numel():
             grid, sizes = _launch(value, weights)
-            upstream = grads[0].contiguous()
-            _backward[grid](
-                value, locations, weights, maps, upstream, grad_value, grad_locations, grad_weights, **sizes
-            )
+            results = grad_value, grad_locations, grad_weights
+            with torch.cuda.device_of(value):
+                _backward[grid](value, locations, weights, maps, grads[0].contiguous(), *results, **sizes)
         return grad_value.to(value.dtype), grad_locations, grad_weights, None
 
 
@@ -85,14 +85,14 @@ def _launch(value: Tensor, weights: Tensor) -> tuple[tuple[int], dict[str, int]]
 
 @triton.jit
 def _places(
-    locations: Any,
-    weights: Any,
-    maps: Any,
-    program: Any,
+    locations: tl.tensor,
+    weights: tl.tensor,
+    maps: tl.tensor,
+    program: tl.tensor,
     points: tl.constexpr,
     samples: tl.constexpr,
     block_samples: tl.constexpr,
-) -> Any:
+) -> tuple[tl.tensor, ...]:
     """Of each sample: in use, attention, map (height, width, first cell), the cell above left, the rest beyond it."""
     j = tl.arange(0, block_samples)
     used = j < samples
@@ -110,8 +110,16 @@ def _places(
 
 @triton.jit
 def _cell(
-    row: Any, column: Any, height: Any, width: Any, first: Any, used: Any, lanes: Any, step: Any, dim: Any
-) -> Any:
+    row: tl.tensor,
+    column: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    used: tl.tensor,
+    lanes: tl.tensor,
+    step: tl.tensor,
+    dim: tl.tensor,
+) -> tuple[tl.tensor, ...]:
     """Offsets [J, D] of the numbers of a cell within one image's head, and which of them exist."""
     inside = used & (row >= 0) & (row < height) & (column >= 0) & (column < width)  # in float: NaN and inf are outside
     cell = tl.where(inside, row * width + column, 0.0).to(tl.int32) + first
@@ -120,13 +128,13 @@ def _cell(
 
 @triton.jit
 def _forward(
-    value: Any,
-    locations: Any,
-    weights: Any,
-    maps: Any,
-    out: Any,
-    cells: Any,
-    queries: Any,
+    value: tl.tensor,
+    locations: tl.tensor,
+    weights: tl.tensor,
+    maps: tl.tensor,
+    out: tl.tensor,
+    cells: tl.tensor,
+    queries: tl.tensor,
     heads: tl.constexpr,
     dim: tl.constexpr,
     points: tl.constexpr,
@@ -142,27 +150,26 @@ def _forward(
     step = heads * dim
     base = value + (program // (queries * heads)) * cells * step + (program % heads) * dim
     total = tl.zeros([block_samples, block_dim], dtype=tl.float32)
-    for corner in tl.static_range(4):
-        right: tl.constexpr = corner % 2
-        below: tl.constexpr = corner // 2
-        offset, exists = _cell(top + below, left + right, height, width, first, used, lanes, step, dim)
-        share = (fx if right else 1 - fx) * (fy if below else 1 - fy) * attention
-        total += tl.load(base + offset, mask=exists, other=0.0).to(tl.float32) * share[:, None]
+    for below in tl.static_range(2):
+        for right in tl.static_range(2):
+            offset, exists = _cell(top + below, left + right, height, width, first, used, lanes, step, dim)
+            share = (fx if right else 1 - fx) * (fy if below else 1 - fy) * attention
+            total += tl.load(base + offset, mask=exists, other=0.0).to(tl.float32) * share[:, None]
     tl.store(out + program * dim + lanes, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=lanes < dim)
 
 
 @triton.jit
 def _backward(
-    value: Any,
-    locations: Any,
-    weights: Any,
-    maps: Any,
-    upstream: Any,
-    grad_value: Any,
-    grad_locations: Any,
-    grad_weights: Any,
-    cells: Any,
-    queries: Any,
+    value: tl.tensor,
+    locations: tl.tensor,
+    weights: tl.tensor,
+    maps: tl.tensor,
+    upstream: tl.tensor,
+    grad_value: tl.tensor,
+    grad_locations: tl.tensor,
+    grad_weights: tl.tensor,
+    cells: tl.tensor,
+    queries: tl.tensor,
     heads: tl.constexpr,
     dim: tl.constexpr,
     points: tl.constexpr,
@@ -181,19 +188,18 @@ def _backward(
     on_weight = tl.zeros([block_samples], dtype=tl.float32)
     on_x = tl.zeros([block_samples], dtype=tl.float32)
     on_y = tl.zeros([block_samples], dtype=tl.float32)
-    for corner in tl.static_range(4):
-        right: tl.constexpr = corner % 2
-        below: tl.constexpr = corner // 2
-        offset, exists = _cell(top + below, left + right, height, width, first, used, lanes, step, dim)
-        of_x = fx if right else 1 - fx
-        of_y = fy if below else 1 - fy
-        product = tl.load(value + base + offset, mask=exists, other=0.0).to(tl.float32) * grad[None, :]
-        product = tl.sum(product, axis=1)
-        on_weight += product * of_x * of_y
-        on_x += product * of_y * (1 if right else -1)
-        on_y += product * of_x * (1 if below else -1)
-        share = of_x * of_y * attention
-        tl.atomic_add(grad_value + base + offset, share[:, None] * grad[None, :], mask=exists, sem="relaxed")
+    for below in tl.static_range(2):
+        for right in tl.static_range(2):
+            offset, exists = _cell(top + below, left + right, height, width, first, used, lanes, step, dim)
+            of_x = fx if right else 1 - fx
+            of_y = fy if below else 1 - fy
+            product = tl.load(value + base + offset, mask=exists, other=0.0).to(tl.float32) * grad[None, :]
+            product = tl.sum(product, axis=1)
+            on_weight += product * of_x * of_y
+            on_x += product * of_y * (1 if right else -1)
+            on_y += product * of_x * (1 if below else -1)
+            share = of_x * of_y * attention
+            tl.atomic_add(grad_value + base + offset, share[:, None] * grad[None, :], mask=exists, sem="relaxed")
     at = program * samples + tl.arange(0, block_samples)
     tl.store(grad_weights + at, on_weight, mask=used)
     tl.store(grad_locations + 2 * at, on_x * attention * width, mask=used)

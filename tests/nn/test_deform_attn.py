@@ -283,6 +283,28 @@ def test_the_kernels_in_the_interpreter():
     assert done.stdout.strip() == "equal", done.stderr
 
 
+@pytest.mark.parametrize(("value", "kernel"), [("fp32", "_forward"), ("bf16", "_backward"), ("fp16", "_backward")])
+def test_the_kernels_compile_without_a_gpu(value, kernel):
+    """The interpreter takes Python that the compiler refuses."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from ssod.nn import deform_attn_triton
+
+    function = getattr(deform_attn_triton, kernel)
+    sizes = {"heads": 8, "dim": 32, "points": 4, "samples": 16, "block_samples": 16, "block_dim": 32}
+    types = dict.fromkeys(function.arg_names, "*fp32") | dict.fromkeys(("value", "out", "upstream"), f"*{value}")
+    types |= {"maps": "*i32", "cells": "i32", "queries": "i32"} | dict.fromkeys(sizes, "constexpr")
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature={name: types[name] for name in function.arg_names},
+        constexprs={(function.arg_names.index(name),): size for name, size in sizes.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
+    assert compiled.asm["cubin"]
+    assert ("red.global" in compiled.asm["ptx"]) == (kernel == "_backward")  # the atomic sums
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_on_a_gpu(case):
