@@ -50,6 +50,20 @@ def read_names(json_path: Path) -> list[str]:
     return [name for _, name in _categories(load(json_path), json_path)]
 
 
+def read_ids(json_path: Path) -> list[int]:
+    """Ids of the categories, ascending: label k is the category read_ids()[k]."""
+    return [id_ for id_, _ in _categories(load(json_path), json_path)]
+
+
+def with_objects(json_path: Path) -> list[int]:
+    """Ids of the images that have an annotation which is not crowd, ascending, whether or not the files are there."""
+    records = _records(load(json_path), "annotations", json_path)
+    annotated = {
+        _integer(r, "image_id", json_path, f"annotations[{i}]") for i, r in enumerate(records) if not r.get("iscrowd")
+    }
+    return sorted(annotated & _images(load(json_path), json_path).keys())
+
+
 def read(found: Found, inspector: Inspector) -> list[Sample]:
     """Samples of a COCO JSON in the order of their image ids; for the split "unlabeled" only its images are used."""
     assert found.annotations is not None

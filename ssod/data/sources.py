@@ -208,7 +208,7 @@ def _refuse_empty(
                 f"point '{split}' at data, or remove the line.{first}"
             )
     if split != "unlabeled" and not any((~s.crowd).any() for samples in read for s in samples):
-        places = " and ".join(str(found.annotations) for found in parts)
+        places = " and ".join(str(found.annotations or found.images) for found in parts)
         raise UserError(
             f"{where}: {sum(map(len, read))} images but not one box in {places}; "
             "annotate some, or give the images as 'unlabeled'."

@@ -13,13 +13,14 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ssod.data.samples import Sample
 from ssod.errors import UserError
 
-_SPECS = "a share such as 10%, a number of images, 'all', or a .txt or .json file that lists images"
+_SPECS = "a share such as 10%, a number of images, 'all', a .txt or .json file that lists images, or a fold's folder"
 
 
 def choose_labeled(
@@ -31,7 +32,9 @@ def choose_labeled(
         "10%"        the share of images, rounded up; more only if the classes need it, see below
         200, "200"   the number of images, likewise
         "all"        every image; nothing is left unlabelled
-        a file       .txt, one image a line, or .json, a list: names (with or without suffix or folders) or image ids
+        a file       .txt, one image a line, or .json, a list: names (with or without suffix or folders) or image ids;
+                     or a COCO .json, whose images are meant; the annotations are those of the samples
+        a folder     of `ssod split`, which holds such a labeled.json
 
     For a share and a number, every class that the samples hold is among the labelled ones, in at least one box that
     is not crowd. Classes are served from the rarest on, an image chosen for each that has none so far; the rest is
@@ -43,6 +46,8 @@ def choose_labeled(
     assert samples
     assert all(s.labeled for s in samples)
     spec = str(spec).strip()
+    if (Path(spec) / "labeled.json").is_file():
+        spec = str(Path(spec) / "labeled.json")
     if spec.lower().endswith((".txt", ".json")):
         chosen = _from_list(samples, Path(spec))
     elif spec == "all":
@@ -135,13 +140,28 @@ def _read_entries(file: Path) -> list[str]:
         raise UserError(f"labeled={file}: there is no such file (current folder: {Path.cwd()}).") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"labeled={file}: cannot be read as a list of images ({error}).") from error
+    if isinstance(content, dict):
+        content = _coco_names(content, file)
     if not isinstance(content, list) or not all(type(e) in (str, int) for e in content):
-        raise UserError(f"labeled={file}: a list of image names or ids is expected.")
+        raise UserError(f"labeled={file}: a list of image names or ids, or a COCO file, is expected.")
     entries = [str(e).strip() for e in content]
     entries = [e for e in entries if e]
     if not entries:
         raise UserError(f"labeled={file}: the list is empty; name at least one image.")
     return entries
+
+
+def _coco_names(content: dict[str, Any], file: Path) -> list[Any] | None:
+    """The file names of a COCO JSON, or None where it is not one."""
+    info, images = content.get("info"), content.get("images")
+    if isinstance(info, dict) and info.get("kind") == "sparse":
+        raise UserError(
+            f"labeled={file}: boxes were erased in this file, and labeled= would take them from the full annotations; "
+            f"train with data={file.with_name('data.yaml')} instead."
+        )
+    if not isinstance(images, list) or not all(isinstance(i, dict) for i in images):
+        return None
+    return [image.get("file_name") for image in images]
 
 
 def _is_integer(text: str) -> bool:

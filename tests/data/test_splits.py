@@ -139,12 +139,25 @@ def test_rare_classes_on_real_data(real_data) -> None:
         ("l.txt", "103\n101"),
         ("l.json", '["0003.jpg", "0001"]'),
         ("l.json", "[103, 101]"),
+        ("l.json", '{"images": [{"file_name": "0003.jpg", "id": 9}, {"file_name": "images/0001.jpg", "id": 8}]}'),
     ],
 )
 def test_list(tmp_path: Path, name: str, text: str) -> None:
     file = tmp_path / name
     file.write_text(text)
     assert choose_labeled(data_set([[0]] * 5), str(file), 0, K) == ([1, 3], [0, 2, 4])
+
+
+def test_folder_of_a_fold(tmp_path: Path) -> None:
+    (tmp_path / "labeled.json").write_text('{"images": [{"file_name": "0002.jpg"}], "annotations": []}')
+    assert choose_labeled(data_set([[0]] * 5), str(tmp_path), 0, K)[0] == [2]
+
+
+def test_a_file_of_erased_boxes_is_no_list_of_labelled_images(tmp_path: Path) -> None:
+    file = tmp_path / "labeled.json"
+    file.write_text('{"info": {"kind": "sparse"}, "images": [{"file_name": "0002.jpg"}], "annotations": []}')
+    with pytest.raises(UserError, match=r"boxes were erased .* data=.*data\.yaml"):
+        choose_labeled(data_set([[0]] * 5), str(file), 0, K)
 
 
 def test_list_of_names_that_repeat(tmp_path: Path) -> None:
@@ -186,6 +199,8 @@ def test_bad_spec(spec: str, expected: str) -> None:
         ("l.json", "{", "cannot be read"),
         ("l.json", json.dumps({"a": 1}), "a list of image names"),
         ("l.json", "[1.5]", "a list of image names"),
+        ("l.json", '{"images": [{"id": 3}]}', "a list of image names"),
+        ("l.json", '{"images": [7]}', "a list of image names"),
         ("l.txt", "0004", "not one box"),
     ],
 )
