@@ -14,7 +14,7 @@ SMALL = {
     "faster_rcnn": ("faster_rcnn", {"fpn_channels": 32, "box_head_width": 64}),
     "faster_rcnn_8": ("faster_rcnn", {"fpn_channels": 32, "box_head_width": 64, "lowest_stride": 8}),
 }
-TARGETS = [Instances(torch.tensor([[8.0, 8, 40, 48], [30, 20, 120, 110]]), torch.tensor([0, 2])), Instances.empty()]
+TARGETS = [Instances(torch.tensor([[8.0, 8, 40, 48], [30, 20, 90, 110]]), torch.tensor([0, 2])), Instances.empty()]
 
 
 def small(name, backbone="resnet10t", **options):
@@ -30,17 +30,17 @@ def name(request):
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (2, 3, 256, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 256, (2, 3, 160, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-SIZES = torch.tensor([[256, 128], [192, 100]])
+SIZES = torch.tensor([[160, 96], [120, 70]])
 
 
 def test_strides_spans_places_and_frame_of_an_image_pair(name, images):
     model = small(name, half_scale=True)
     full = model.features(images, SIZES)
     half = model.features(images[:, :, ::2, ::2], SIZES // 2, shift=1)
-    assert full.frame == half.frame == (256, 128)
+    assert full.frame == half.frame == (160, 96)  # no multiple of the largest stride
     assert torch.equal(full.sizes, half.sizes)
     assert {s: m.shape for s, m in full.maps.items()} == {s: m.shape for s, m in half.maps.items()}
     assert tuple(full.maps) == model.strides
