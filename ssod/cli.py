@@ -1,6 +1,7 @@
 """`ssod MODE key=value ...`: parse, check, run, and say in one sentence what went wrong.
 
-Exit codes: 0 done, 2 the user's mistake, 1 a fault of the program or the machine, 143 / 130 asked to stop.
+Exit codes: 0 done, 2 the user's mistake, 1 a fault of the program or the machine (of the data, for `ssod check`),
+143 / 130 asked to stop.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from ssod.errors import Fault, UserError, did_you_mean
 
 SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
-    "val": "COCO metrics of a checkpoint on a split",
+    "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
     "predict": "detect objects on images",
     "check": "look over a data set before training, or measure a model",
+    "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
     "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
     "help": "this text, or the arguments of a mode: ssod help train",
     "version": "print the version",
@@ -33,6 +35,7 @@ Examples
   ssod train data=my.yaml labeled=10% strategy=mean_teacher epochs=100
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
+  ssod split data=my.yaml out=splits percent=10 folds=5
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
 
 Arguments are key=value in any order (--key value works too); sections by dots: strategy.tau=0.6.
@@ -73,7 +76,9 @@ def _run(words: list[str]) -> int:
     overrides = parse_words(rest)
     if mode == "cfg":
         return _cfg(overrides)
-    return {"train": _train, "val": _val, "predict": _predict, "check": _check}[mode](load_config(mode, overrides))
+    return {"train": _train, "val": _val, "predict": _predict, "check": _check, "split": _split}[mode](
+        load_config(mode, overrides)
+    )
 
 
 def _mode(words: list[str]) -> tuple[str, list[str]]:
@@ -94,7 +99,7 @@ def _mode(words: list[str]) -> tuple[str, list[str]]:
 
 
 def help_text(mode: str | None = None) -> str:
-    if mode is None or mode not in ("train", "val", "predict", "check"):
+    if mode is None or mode not in ("train", "val", "predict", "check", "split"):
         if mode is not None and mode not in SUMMARY:
             raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, SUMMARY)} Modes: {', '.join(SUMMARY)}.")
         width = max(map(len, SUMMARY)) + 2
@@ -158,6 +163,7 @@ def _val(config: Any) -> int:
     from ssod.engine.evaluate import coco_metrics, coco_rows, coco_truth, detect
     from ssod.engine.run import new_run
     from ssod.engine.setup import load_split
+    from ssod.engine.voc_metric import voc_metrics
     from ssod.nn.precision import amp_dtype, lay_out
 
     detector, content = load_detector(config.model, config.weights)
@@ -186,6 +192,8 @@ def _val(config: Any) -> int:
     for path, reason in bad:
         print(f"ssod: {path} cannot be read ({reason}); it counts as without detections.", file=sys.stderr)
     metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
+    if config.metric == "voc" or (config.metric == "auto" and data.format == "VOC"):
+        metrics.figures |= voc_metrics(data.samples, data.names, rows).figures
     folder = new_run(config.project, "val", config.name, config.exist_ok)
     (folder / "metrics.json").write_text(json.dumps({"figures": metrics.figures, "per_class": metrics.per_class}))
     if config.save_json:
@@ -257,24 +265,54 @@ def _predict(config: Any) -> int:
 
 
 def _check(config: Any) -> int:
-    from ssod.data.doctor import check_data, draw_samples
+    from ssod.data.doctor import check_data
+    from ssod.data.doctor_text import as_json, page, passed
+    from ssod.data.sheet import draw_samples, draw_views, read_views
     from ssod.engine.run import new_run
-    from ssod.engine.setup import data_yaml, load_split
+    from ssod.engine.setup import data_yaml
 
+    if config.model is not None and config.as_json:
+        raise UserError("json=true tells about data only; leave out model=, or json=true.")
     if config.model is not None:
         from ssod.engine.profile import profile_model
 
         print(profile_model(config).text())
         if config.data is None:
             return 0
+    views = read_views(config.augment, config.imgsz) if config.augment else None
     report = check_data(data_yaml(config.data), config.data_path, decode=config.decode)
-    print(report.text())
-    if config.samples:
+    print(as_json(report, config.strict) if config.as_json else page(report))
+    if config.samples and report.splits and not config.as_json:
         folder = new_run(config.project, "check", config.name, config.exist_ok)
-        train = load_split(config.data, "train", config.data_path, False)
-        draw_samples(train, config.samples, folder / "samples.png", config.seed)
-        print(f"run folder {folder}: samples.png")
-    return 0 if report.ok or not config.strict else 2
+        first = next(iter(report.splits.values())).dataset  # train, unless it cannot be used
+        draw_samples(first, config.samples, folder / "samples.png", config.seed)
+        if views is not None:
+            draw_views(first, views, config.samples, folder / "views.png", config.seed)
+        print(f"run folder {folder}: samples.png{', views.png' if views else ''}")
+    return 0 if passed(report, config.strict) else 1
+
+
+def _split(config: Any) -> int:
+    from ssod.data.division import by_erasing, by_list, by_percent, read_source
+    from ssod.data.split_files import write_splits
+    from ssod.engine.setup import data_yaml
+
+    source = read_source(data_yaml(config.data), config.data_path, config.strict)
+    percents = config.percent if isinstance(config.percent, list) else [config.percent]
+    about = {"kind": "percent", "seed": config.seed}
+    if config.sparse is not None:
+        about["kind"] = "sparse"
+        splits = by_erasing(source, config.sparse, config.folds, config.seed)
+    elif config.canonical is not None:
+        about = {"kind": "canonical", "list": Path(config.canonical).name}
+        splits = by_list(source, Path(config.canonical), config.canonical_images, percents, config.folds)
+    else:
+        splits = by_percent(source, percents, config.folds, config.seed)
+    print(source.train.summary())
+    lines = write_splits(source, splits, Path(config.out), about)
+    print("\n".join(lines))
+    print(f"next: ssod train data={Path(config.out) / lines[0].split(':')[0] / 'data.yaml'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -122,6 +122,9 @@ class ValConfig(RunFolder, Inference, Data):
     split: Literal["train", "val", "test"] = Field("val", description="split of the data YAML")
     imgsz: int | None = Field(None, ge=32, description="long side, pixels; default: as trained")  # type: ignore[assignment]
     batch: int = Field(8, ge=1, description="images at once")
+    metric: Literal["auto", "coco", "voc"] = Field(
+        "auto", description="voc: Pascal VOC's AP50 beside the COCO figures; auto: where the data are Pascal VOC"
+    )
     save_json: bool = Field(False, description="write detections.json in COCO results format")
 
 

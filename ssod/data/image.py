@@ -83,6 +83,23 @@ def image_size(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tu
     return width, height
 
 
+def image_traits(path: str | os.PathLike[str]) -> list[str]:
+    """What is out of the ordinary about an image file, from its header: any of "EXIF rotation", "gray", "16-bit",
+    "CMYK", "palette", "transparency", "several frames". Raises ImageError like `read_image`."""
+    with _opened(path, MAX_PIXELS) as image:
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        told = {
+            "EXIF rotation": _orientation(image) != 1,
+            "16-bit": deep,
+            "gray": image.mode in ("1", "L", "LA"),
+            "CMYK": image.mode == "CMYK",
+            "palette": image.mode in ("P", "PA"),
+            "transparency": image.has_transparency_data,
+            "several frames": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,  # MPO: a camera's preview
+        }
+    return [trait for trait, present in told.items() if present]
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[Image.Image]:
     """A Pillow image with only its header read, size checked; every failure inside becomes an ImageError."""

@@ -46,7 +46,7 @@ def read(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
     out: list[Sample] = []
     used: set[Path] = set()
     for image_id, path in enumerate(images_of(found, inspector), 1):
-        label = _label_of(path) if folder is None else (folder / path.relative_to(found.images)).with_suffix(".txt")
+        label = label_of(path) if folder is None else (folder / path.relative_to(found.images)).with_suffix(".txt")
         used.add(label)
         size = inspector.size(path)
         if size is None:
@@ -80,7 +80,7 @@ def images_of(found: Found, inspector: Inspector) -> list[Path]:
     return glob_images(found.images) if found.format.endswith("glob") else list_images(found.images)
 
 
-def _label_of(path: Path) -> Path:
+def label_of(path: Path) -> Path:
     """Where the label of an image stands whose label folder is not known: in `labels` instead of `images`, or
     beside it."""
     elsewhere, beside = _images_to_labels(path.parent), path.with_suffix(".txt")
