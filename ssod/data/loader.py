@@ -11,7 +11,7 @@ import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +34,7 @@ Bad = list[tuple[str, str]]
 MAX_BAD_IN_A_ROW = 100
 WEAK = 0  # the number of the weak view among the views of an image; the others count from 1
 MIXING = 2**16  # and that of the draws of mosaic and mixup
+SAME = Chain((), from_weak=True)  # the weak view itself
 
 
 class LoaderError(Fault):
@@ -128,8 +129,7 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         return stack(frames, targets, indices, self.pad_to, self.square)
 
     def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:
-        same = Chain((), from_weak=True)
-        drawn = [maker.draw(position, (same, self.strong), bad) for position in maker.stream.positions(step)]
+        drawn = [maker.draw(position, (SAME, self.strong), bad) for position in maker.stream.positions(step)]
         indices = [source.index for source, _ in drawn]
         weak, strong = (
             stack(list(frames), [Instances.empty() for _ in drawn], indices, self.pad_to, self.square)
@@ -206,34 +206,48 @@ def build_loader(
         raise UserError("There are no labelled images to train on; check `train` in the data YAML and `labeled`.")
     if batch_unlabeled and not unlabeled:
         raise UserError("There are no unlabelled images; add some, or set batch_unlabeled=0 to train without.")
-    for name, views in (("weak", weak), ("strong", strong)):
-        if len(views.chains) != 1:
-            raise UserError(f"`{name}` must be one view, got {len(views.chains)}.")
-    weak_chain, strong_chain = weak.as_weak(), strong.chains[0]
-    longest = max(chain.longest for chain in (weak_chain, strong_chain, *labeled_view.chains))
+    views = stream_views(labeled_view, weak, strong)
 
     def maker(samples: Sequence[Sample], number: int, size: int, mixing: Sequence[Mixing]) -> ViewMaker:
-        reader = Reader(samples, longest, ImageCache(samples, longest) if cache else None)
-        return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, weak_chain, mixing)
+        reader = Reader(samples, views.longest, ImageCache(samples, views.longest) if cache else None)
+        return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, views.weak, mixing)
 
     dataset = StepDataset(
-        maker(labeled, 0, batch, labeled_mixing(labeled_view, weak_chain)),
+        maker(labeled, 0, batch, views.labeled_mixing),
         labeled,
         labeled_view.chains,
-        maker(unlabeled, 1, batch_unlabeled, weak_chain.mixing) if batch_unlabeled else None,
-        strong_chain,
+        maker(unlabeled, 1, batch_unlabeled, views.weak.mixing) if batch_unlabeled else None,
+        views.strong,
         pad_to,
-        square=0 if rect else longest,
+        square=0 if rect else views.longest,
     )
     return StepLoader(
         dataset, sampler=range(start_step, steps), collate_fn=as_is, **worker_options(workers, pin, timeout)
     )
 
 
-def labeled_mixing(views: Views, weak: Chain) -> Sequence[Mixing]:
-    """What mixes labelled images: their own list's, or the weak view's where they go on from it."""
-    own = next((chain.mixing for chain in views.chains if chain.mixing), ())
-    return own or (weak.mixing if all(chain.from_weak for chain in views.chains) else ())
+class StreamViews(NamedTuple):
+    """weak, strong: the two chains of unlabelled images; labeled_mixing: what mixes labelled ones; longest: the
+    longest side in pixels that any view resizes to."""
+
+    weak: Chain
+    strong: Chain
+    labeled_mixing: Sequence[Mixing]
+    longest: int
+
+
+def stream_views(labeled: Views, weak: Views, strong: Views) -> StreamViews:
+    """What the two streams do. Labelled images are mixed as their own list says, or, where all their views go on
+    from the weak one, as the weak view's list says. Raises UserError when `weak` or `strong` is not one view."""
+    for name, views in (("weak", weak), ("strong", strong)):
+        if len(views.chains) != 1:
+            raise UserError(f"`{name}` must be one view, got {len(views.chains)}.")
+    chain = weak.as_weak()
+    mixing = next((c.mixing for c in labeled.chains if c.mixing), ())
+    if not mixing and all(c.from_weak for c in labeled.chains):
+        mixing = chain.mixing
+    longest = max(c.longest for c in (chain, strong.chains[0], *labeled.chains))
+    return StreamViews(chain, strong.chains[0], mixing, longest)
 
 
 def worker_options(workers: int, pin: bool, timeout: float) -> dict[str, Any]:

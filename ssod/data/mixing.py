@@ -91,7 +91,8 @@ class Mosaic(Mixing):
     """With probability `p`, four images around a point drawn from `centre` (shares of the side) of a square.
 
     The square has a side of 2 `imgsz` and each image a long side of `imgsz`, one corner at the point; what reaches
-    outside is cut, what stays empty is grey (YOLOv4, Bochkovskiy et al., 2020). The view's own resize follows.
+    outside is cut, what stays empty between them is grey, and empty margins are dropped (after YOLOv4, Bochkovskiy
+    et al., 2020). The view's own resize follows.
     """
 
     name: ClassVar[str] = "mosaic"
@@ -110,6 +111,7 @@ class Mosaic(Mixing):
         x, y = (int(v) for v in np.round(rng.uniform(*self.centre, 2) * side))
         canvas = _blank(side, side)
         parts: list[Part | None] = []
+        used = [side, side, 0, 0]  # xyxy of what the four images cover
         for corner, tile in enumerate((source, other(), other(), other())):
             image, zoom = geometry.resize(tile.frame.image, self.imgsz)
             h, w = image.shape[1:]
@@ -118,7 +120,11 @@ class Mosaic(Mixing):
             canvas[:, y1:y2, x1:x2] = image[:, y1 - top : y2 - top, x1 - left : x2 - left]
             matrix = geometry.translation(left, top) @ zoom
             parts += [part.moved(matrix, (x1, y1, x2, y2)) for part in tile.as_parts()]
-        return Source(source.index, Frame(canvas, np.eye(3)), tuple(p for p in parts if p is not None))
+            used = [min(used[0], x1), min(used[1], y1), max(used[2], x2), max(used[3], y2)]
+        x1, y1, x2, y2 = used
+        window, shift = geometry.crop(canvas, y1, x1, y2 - y1, x2 - x1)
+        moved = [part.moved(shift, (0, 0, x2 - x1, y2 - y1)) for part in parts if part is not None]
+        return Source(source.index, Frame(window, np.eye(3)), tuple(part for part in moved if part is not None))
 
 
 @dataclass(frozen=True)
