@@ -27,7 +27,10 @@ Selection = list[tuple[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class Source:
-    """The train split that is divided. category_ids: id of label 0, 1, ...; first_ids: id of each sample's first box."""
+    """The train split that is divided.
+
+    category_ids: id of label 0, 1, ... in the JSON files. first_ids: id of each sample's first box, counted from 1.
+    """
 
     yaml: DataYaml
     train: Dataset
@@ -48,12 +51,9 @@ class Split:
 def read_source(yaml_path: Path, data_path: str | None = None, strict: bool = False) -> Source:
     """Read the train split of a data YAML. Raises UserError as `load_data`, and for images outside of `path`."""
     data = read_data_yaml(yaml_path, data_path)
-    train = load_data(yaml_path, "train", data_path, strict)
     parts = find_parts(data, "train")
-    try:
-        ids = {tuple(read_ids(p.annotations)) for p in parts if p.format == "COCO" and p.annotations}
-    finally:
-        load.cache_clear()
+    ids = {tuple(read_ids(p.annotations)) for p in parts if p.format == "COCO" and p.annotations}
+    train = load_data(yaml_path, "train", data_path, strict)  # while the parsed JSON is still cached
     # One COCO numbering is kept, so that its own val file fits; else classes count from 1.
     keep = train.format == "COCO" and len(ids) == 1
     category_ids = list(ids.pop()) if keep else list(range(1, len(train.names) + 1))

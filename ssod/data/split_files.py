@@ -63,10 +63,12 @@ def _write_all(source: Source, splits: Iterator[Split], out: Path, building: Pat
 
 
 def _said(file: str, content: dict[str, Any]) -> str:
-    boxes = f" with {content['boxes']} boxes" if file != "unlabeled.json" else ""
+    line = f"{file} {content['images']} images"
+    if "boxes" not in content:
+        return line
     absent = [name for name, count in content["classes"].items() if not count]
     lacks = f" (none of {', '.join(absent)})" if file == "labeled.json" and absent else ""
-    return f"{file} {content['images']} images{boxes}{lacks}"
+    return f"{line} with {content['boxes']} boxes{lacks}"
 
 
 def _write_json(source: Source, split: Split, part: str, path: Path) -> dict[str, Any]:
@@ -85,8 +87,11 @@ def _write_json(source: Source, split: Split, part: str, path: Path) -> dict[str
         file.write('],\n"annotations": [')
         file.records(a for i, keep in selection for a in _annotations(source, i, keep))
         file.write(f'],\n"categories": {_text(categories)}}}\n')
-    content: dict[str, Any] = {"sha256": file.digest(), "images": len(selection), "boxes": int(counts.sum())}
-    return content | {"crowd": crowd, "classes": dict(zip(names, counts.tolist(), strict=True))}
+    content: dict[str, Any] = {"sha256": file.digest(), "images": len(selection)}
+    if part == "unlabeled":
+        return content
+    classes = dict(zip(names, counts.tolist(), strict=True))
+    return content | {"boxes": int(counts.sum()), "crowd": crowd, "classes": classes}
 
 
 class _Hashed:
@@ -159,12 +164,13 @@ def _data_yaml(source: Source, split: Split, out: Path) -> str:
         file = folder / f"{part}.json"
         return (file.relative_to(root) if inside else file).as_posix()
 
-    content: dict[str, Any] = {"path": Path(os.path.relpath(root, folder)).as_posix() if inside else root.as_posix()}
-    content["train"] = place("labeled")
     unlabeled = [place("unlabeled")] if "unlabeled" in split.files else []
-    unlabeled += source.yaml.splits.get("unlabeled", [])
-    content |= {"unlabeled": unlabeled} if unlabeled else {}
-    content |= {k: v for k, v in source.yaml.splits.items() if k in ("val", "test")}
+    splits = source.yaml.splits | {
+        "train": [place("labeled")],
+        "unlabeled": unlabeled + source.yaml.splits.get("unlabeled", []),
+    }
+    content: dict[str, Any] = {"path": Path(os.path.relpath(root, folder)).as_posix() if inside else root.as_posix()}
+    content |= {k: v[0] if len(v) == 1 else v for k, v in splits.items() if v}
     content["names"] = source.train.names
     if source.yaml.layout:
         content["layout"] = source.yaml.layout
