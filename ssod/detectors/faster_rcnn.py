@@ -102,9 +102,9 @@ class FasterRCNN(PyramidDetector):
     # ---- the four verbs
 
     def head(self, pyramid: Pyramid) -> DenseOutput:
-        """The RPN: objectness logits [B, P, 1] and codes [B, P, D]. Strides it has no anchors for are dropped."""
+        """The RPN: objectness logits [B, P, 1] and codes [B, P, D]."""
         logits, codes = [], []
-        for x in self._levels(pyramid).values():
+        for x in pyramid.maps.values():
             hidden = self.rpn_conv(x).relu_()
             logits.append(per_anchor(self.rpn_logits(hidden), 1))
             codes.append(per_anchor(self.rpn_codes(hidden), self.rpn_codec.dim))

@@ -78,9 +78,9 @@ class FCOS(PyramidDetector):
         start_predictions(self.cls_logits, self.box_codes, self.codec.start())
 
     def head(self, pyramid: Pyramid) -> DenseOutput:
-        """Strides outside 8 .. 128 (of a shifted pyramid) have no place here and are dropped."""
+        """Every point of the pyramid's levels."""
         logits, codes, quality = [], [], []
-        for x in self._levels(pyramid).values():
+        for x in pyramid.maps.values():
             cls, box = self.cls_tower(x), self.box_tower(x)
             logits.append(per_anchor(self.cls_logits(cls), self.num_classes))
             codes.append(per_anchor(self.box_codes(box), self.codec.dim))

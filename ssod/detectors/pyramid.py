@@ -62,14 +62,10 @@ class PyramidDetector(Detector):
         maps = self.backbone(self.backbone.normalize(images, sizes))
         return pyramid_of(self.fpn(maps, [s // 2**shift for s in self.strides]), images, sizes, shift)
 
-    def _levels(self, pyramid: Pyramid) -> dict[int, Tensor]:
-        return {s: m for s, m in pyramid.maps.items() if s in self.strides}
-
     def _places(self, pyramid: Pyramid) -> tuple[Tensor, dict[int, slice]]:
         """Anchors [P, 4] of the levels of a pyramid, and the slice of each stride."""
-        levels = self._levels(pyramid)
         frame = pyramid.frame if self.options.rounded_strides else None
-        return self.anchors({s: m.shape[-2:] for s, m in levels.items()}, pyramid.sizes.device, frame)
+        return self.anchors({s: m.shape[-2:] for s, m in pyramid.maps.items()}, pyramid.sizes.device, frame)
 
 
 def anchor_codec(options: BoxOptions, weights: tuple[float, float, float, float], beta: float) -> Codec:

@@ -71,9 +71,9 @@ class RetinaNet(PyramidDetector):
         start_predictions(self.cls_logits, self.box_codes, self.codec.start())
 
     def head(self, pyramid: Pyramid) -> DenseOutput:
-        """Strides outside 8 .. 128 (of a shifted pyramid) have no place here and are dropped."""
+        """Every anchor of the pyramid's levels."""
         logits, codes = [], []
-        for x in self._levels(pyramid).values():
+        for x in pyramid.maps.values():
             logits.append(per_anchor(self.cls_logits(self.cls_tower(x)), self.num_classes))
             codes.append(per_anchor(self.box_codes(self.box_tower(x)), self.codec.dim))
         anchors, spans = self._places(pyramid)

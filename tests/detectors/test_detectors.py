@@ -199,7 +199,7 @@ def test_a_half_size_image_answers_in_the_full_frame(name, images):
     part = output
     if name == "deformable_detr":
         whole, part = model.dense(whole), model.dense(output)
-    assert list(part.spans) == strides  # what lies beyond the head's strides is dropped
+    assert list(part.spans) == strides  # nothing is computed beyond the highest
     for stride in strides:
         assert torch.equal(whole.anchors[whole.spans[stride]], part.anchors[part.spans[stride]])
     assert all(torch.isfinite(v) for v in model.loss(output, TARGETS).values())
