@@ -120,8 +120,9 @@ class SelfAttention(nn.Module):
         self.query_key = nn.Linear(width, 2 * width)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
-        for part in (*self.query_key.weight.data.chunk(2), self.value.weight, self.output.weight):
-            nn.init.xavier_uniform_(part)
+        for part in (*self.query_key.weight.data.chunk(2), self.value.weight):
+            nn.init.xavier_uniform_(part, gain=0.5**0.5)  # as three parts of one matrix, which the published code has
+        nn.init.xavier_uniform_(self.output.weight)
         for bias in (self.query_key.bias, self.value.bias, self.output.bias):
             nn.init.zeros_(bias)
 

@@ -138,6 +138,10 @@ def test_first_values_are_the_papers():
     bias = attention.offsets.bias.view(2, 4, 4, 2)  # heads, levels, points
     torch.testing.assert_close(bias[0, 1], torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]))
     torch.testing.assert_close(bias[1, 3], -bias[0, 1])
+    parts = model.decoder[0].self_attention
+    packed = nn.init.xavier_uniform_(torch.empty(3 * 32, 32)).std().item()
+    assert parts.query_key.weight.std().item() == pytest.approx(packed, rel=0.1)
+    assert parts.value.weight.std().item() == pytest.approx(packed, rel=0.1)
     for head in (*model.cls_heads, *tiny(two_stage=False).cls_heads):
         torch.testing.assert_close(head.bias.sigmoid(), torch.full((K,), 0.01))
     assert [h[-1].bias.tolist() for h in model.box_heads] == [[0, 0, 0, 0]] * 3
