@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou_loss
 
-from ssod.ops.boxes import area, centers, clip, giou_loss, iou_matrix, nms, not_smaller
+from ssod.ops.boxes import area, centers, clip, distances, giou_loss, iou_matrix, nms, not_smaller, ordered
 
 
 def test_area_and_centers():
@@ -51,3 +51,13 @@ def test_nms_suppresses_within_a_group_only():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10]])
     scores, groups = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0, 0, 1])
     assert nms(boxes, scores, groups, 0.5).tolist() == [1, 2]
+
+
+def test_distances_to_the_four_sides():
+    boxes, points = torch.tensor([[0.0, 0, 10, 20], [0, 0, 10, 20]]), torch.tensor([[4.0, 5], [12, -1]])
+    assert distances(boxes, points).tolist() == [[4, 5, 6, 15], [12, -1, -2, 21]]  # the second point lies outside
+
+
+def test_crossed_sides_change_places():
+    boxes = torch.tensor([[1.0, 2, 3, 4], [3, 4, 1, 2], [3, 2, 1, 4]])
+    assert ordered(boxes).tolist() == [[1, 2, 3, 4]] * 3
