@@ -65,7 +65,8 @@ class PyramidDetector(Detector):
     def _places(self, pyramid: Pyramid) -> tuple[Tensor, dict[int, slice]]:
         """Anchors [P, 4] of the levels of a pyramid, and the slice of each stride."""
         frame = pyramid.frame if self.options.rounded_strides else None
-        return self.anchors({s: m.shape[-2:] for s, m in pyramid.maps.items()}, pyramid.sizes.device, frame)
+        device = next(iter(pyramid.maps.values())).device
+        return self.anchors({s: m.shape[-2:] for s, m in pyramid.maps.items()}, device, frame)
 
 
 def anchor_codec(options: BoxOptions, weights: tuple[float, float, float, float], beta: float) -> Codec:
