@@ -73,6 +73,13 @@ def sweep(folder: Path) -> None:
         stray.unlink(missing_ok=True)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether an existing file ends as ours do; `load_checkpoint` says whether it is sound."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _COMMENT))
+        return file.read().startswith(_MARK)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and verify a checkpoint; tensors on the CPU.
 

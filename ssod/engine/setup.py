@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssod.checkpoint import load_checkpoint
 from ssod.config import TrainConfig, find_yaml, validate
 from ssod.data.image import ImageError, image_size
 from ssod.data.listing import find_images
@@ -16,8 +15,8 @@ from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
+from ssod.detectors.convert import load_weights, read_weights
 from ssod.errors import UserError
-from ssod.nn.backbone_weights import load_backbone_weights
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 
@@ -124,9 +123,10 @@ def check_options(config: TrainConfig) -> None:
 
 def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]:
     """The detector with its starting weights, and a sentence about them."""
-    if config.weights is not None and _is_checkpoint(config.weights):
-        return _from_checkpoint(config.weights, names)
-    frozen = config.frozen_norm if config.frozen_norm is not None else config.weights is not None
+    found = None if config.weights is None else read_weights(config.weights)
+    frozen = config.frozen_norm
+    if frozen is None:
+        frozen = found is not None and found.frozen_norm
     student = build_detector(
         config.detector.name,
         len(names),
@@ -134,31 +134,11 @@ def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]
         config.detector.options,
         frozen_norm=frozen,
         freeze=config.freeze,
+        caffe_stride=config.caffe_stride,
     )
-    if config.weights is None:
+    if found is None:
         return student, f"{config.detector.name} on {config.backbone}, random weights"
-    return student, str(load_backbone_weights(student.backbone, config.weights))
-
-
-def _is_checkpoint(path: str) -> bool:
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"weights={path}: there is no such file.")
-    with open(file, "rb") as f:
-        f.seek(max(0, file.stat().st_size - 128))
-        return b"ssod-sha256:" in f.read()
-
-
-def _from_checkpoint(path: str, names: list[str]) -> tuple[Detector, str]:
-    content = load_checkpoint(path)
-    if content["names"] != names:
-        raise UserError(
-            f"{path} knows the classes {', '.join(content['names'])} and the data {', '.join(names)}. "
-            "Give data of the same classes, or start from a backbone's weights."
-        )
-    student = build_detector(**content["spec"])
-    student.load_state_dict(content["networks"][content["use"]])
-    return student, f"{content['use']} of {path}"
+    return student, str(load_weights(student, found, names))
 
 
 def build(config: TrainConfig, data: TrainData) -> tuple[Strategy, str]:
