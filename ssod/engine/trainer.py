@@ -14,6 +14,7 @@ import torch
 from ssod import __version__, dist
 from ssod.checkpoint import FORMAT, save_checkpoint
 from ssod.config import TrainConfig, to_yaml
+from ssod.data.device import Painter, divide
 from ssod.data.loader import StepLoader, build_loader
 from ssod.data.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
@@ -80,6 +81,11 @@ class SemiTrainer:
         lay_out(self.strategy, self.dtype)
         self.optimizer = build_optimizer(self.strategy, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.strong = pipeline(config.augment.strong, config.imgsz, "strong")
+        self.painter: Painter | None = None
+        if config.augment_on == "device":
+            self.strong, paintings = divide(self.strong)
+            self.painter = Painter(paintings, config.seed, dist.rank(), dist.world())
 
     # -- the loop
 
@@ -143,10 +149,13 @@ class SemiTrainer:
     def _step(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> bool:
         """One optimizer step over its micro-batches; False when it was skipped because it was not finite."""
         self.strategy.train()
-        for batch in batches:
+        for i, batch in enumerate(batches):
             self._note_bad(batch.bad)
+            moved = batch.to(self.device, non_blocking=True)
+            if self.painter is not None and batch.strong is not None and moved.strong is not None:
+                moved.strong = self.painter(moved.strong, batch.strong.sizes, self.step * len(batches) + i)
             with autocast(self.dtype, self.device):
-                out = wrapped(batch.to(self.device, non_blocking=True), self.step)
+                out = wrapped(moved, self.step)
             total = torch.stack([v.float() for v in out.losses.values()]).sum() / len(batches)
             self.scaler.scale(total).backward()
             averages.add({**out.losses, **out.stats})
@@ -193,7 +202,7 @@ class SemiTrainer:
             imgsz=c.imgsz,
             labeled_view=pipeline(c.augment.labeled, c.imgsz, "labeled"),
             weak=pipeline(c.augment.weak, c.imgsz, "weak"),
-            strong=pipeline(c.augment.strong, c.imgsz, "strong"),
+            strong=self.strong,
             seed=c.seed,
             start_step=start,
             steps=end,
