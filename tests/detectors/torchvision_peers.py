@@ -81,7 +81,7 @@ def _telling(peer: nn.Module, scale: float) -> nn.Module:
             module.running_var.uniform_(0.8, 1.2, generator=generator)
             module.weight.data.uniform_(0.7, 1.1, generator=generator)
     for name, value in peer.named_parameters():
-        if re.search(r"(cls_logits|cls_score|bbox_reg|bbox_pred|bbox_ctrness)\.weight", name):
+        if re.search(r"(cls_logits|bbox_reg|bbox_pred|bbox_ctrness)\.weight", name):
             value.data.mul_(scale)
         if "bbox_reg.bias" in name and value.numel() == 4:  # FCOS: distances, which must be positive to count
             value.data.fill_(1.5)
