@@ -37,11 +37,11 @@ VIEWS: dict[str, Entries] = {
     # Ghiasi et al., Simple Copy-Paste, CVPR 2021
     "lsj": [{"resize": {"scale": [0.1, 2.0]}}, "window", {"flip": 0.5}],
     # Bochkovskiy et al., YOLOv4, 2020: the square of 2 imgsz, at half to full scale, cut to imgsz
-    "mosaic": ["mosaic", {"resize": {"scale": [1.0, 2.0]}}, "window", {"flip": 0.5}],
+    "mosaic_view": ["mosaic", {"resize": {"scale": [1.0, 2.0]}}, "window", {"flip": 0.5}],
 }
 VIEWS["unbiased_teacher"], VIEWS["soft_teacher"] = VIEWS["strong"], VIEWS["strong_geo"]
 
-WEAK_VIEWS = ("weak", "lsj", "mosaic")  # names that a teacher's view may have
+WEAK_VIEWS = ("weak", "lsj", "mosaic_view")  # names that a teacher's view may have
 
 RECIPES: dict[str, dict[str, list[Entries]]] = {
     "unbiased_teacher": {"labeled": [["weak"], VIEWS["strong"]], "weak": [["weak"]], "strong": [VIEWS["strong"]]},

@@ -24,7 +24,7 @@ from ssod.data.transforms import MIXINGS, OPERATIONS, Chain, pipeline
 from ssod.errors import UserError
 from ssod.ops.views import map_boxes
 
-STRONG = sorted(set(VIEWS) - {"mosaic"})  # what may stand in a strong view
+STRONG = sorted(set(VIEWS) - {"mosaic_view"})  # what may stand in a strong view
 
 kernels = pytest.mark.parametrize("fast", [False, pytest.param(True, id="fast")])
 
