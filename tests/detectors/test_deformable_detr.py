@@ -11,6 +11,7 @@ from ssod.detectors.names_transformers import from_transformers
 from ssod.errors import UserError
 from ssod.nn.deformable_transformer import Levels
 from ssod.nn.position import sine, sine_grid
+from ssod.ops.boxes import iou_matrix
 from ssod.structures import Instances, Pyramid, Weights
 
 K = 3
@@ -320,3 +321,19 @@ def test_other_numbers_of_levels(levels):
 def test_a_state_dict_of_another_model_is_refused():
     with pytest.raises(UserError, match="no weights of a transformers Deformable DETR: the first tensor is 'weight'"):
         from_transformers(nn.Linear(2, 2).state_dict(), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["two_stage", "refine", "plain"])
+def test_two_images_are_learned_by_heart(form):
+    model = tiny(width=64, heads=4, **FORMS[form]).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    for _ in range(150):
+        total = sum(model.loss(model.head(model.features(images())), TARGETS).values())
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    for found, target in zip(model(images(), conf=0.3), TARGETS, strict=True):
+        assert sorted(found.labels.tolist()) == sorted(target.labels.tolist())
+        assert iou_matrix(target.boxes, found.boxes).amax(1).min() > 0.8
