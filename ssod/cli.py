@@ -19,6 +19,7 @@ SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
     "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
     "predict": "detect objects on images",
+    "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
     "check": "look over a data set before training, or measure a model",
     "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
     "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
@@ -36,6 +37,7 @@ Examples
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
   ssod split data=my.yaml out=splits percent=10 folds=5
+  ssod label model=runs/train/exp/weights/best.pt source=photos/ out=labels format=coco
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
 
 Arguments are key=value in any order (--key value works too); sections by dots: strategy.tau=0.6.
@@ -76,7 +78,7 @@ def _run(words: list[str]) -> int:
     overrides = parse_words(rest)
     if mode == "cfg":
         return _cfg(overrides)
-    return {"train": _train, "val": _val, "predict": _predict, "check": _check, "split": _split}[mode](
+    return {"train": _train, "val": _val, "predict": _predict, "check": _check, "split": _split, "label": _label}[mode](
         load_config(mode, overrides)
     )
 
@@ -99,7 +101,7 @@ def _mode(words: list[str]) -> tuple[str, list[str]]:
 
 
 def help_text(mode: str | None = None) -> str:
-    if mode is None or mode not in ("train", "val", "predict", "check", "split"):
+    if mode is None or mode not in ("train", "val", "predict", "check", "split", "label"):
         if mode is not None and mode not in SUMMARY:
             raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, SUMMARY)} Modes: {', '.join(SUMMARY)}.")
         width = max(map(len, SUMMARY)) + 2
@@ -192,15 +194,17 @@ def _val(config: Any) -> int:
     for path, reason in bad:
         print(f"ssod: {path} cannot be read ({reason}); it counts as without detections.", file=sys.stderr)
     metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
+    report: dict[str, Any] = {"figures": metrics.figures, "per_class": metrics.per_class}
     if config.metric == "voc" or (config.metric == "auto" and data.format == "VOC"):
-        metrics.figures |= voc_metrics(data.samples, data.names, rows).figures
+        voc = voc_metrics(data.samples, data.names, rows)
+        report = {"figures": metrics.figures | voc.figures, "per_class": report["per_class"], "voc": voc.per_class}
     folder = new_run(config.project, "val", config.name, config.exist_ok)
-    (folder / "metrics.json").write_text(json.dumps({"figures": metrics.figures, "per_class": metrics.per_class}))
+    (folder / "metrics.json").write_text(json.dumps(report))
     if config.save_json:
         (folder / "detections.json").write_text(json.dumps(_coco_results(rows, data.samples)))
-    print("  ".join(f"{k} {v:.4f}" for k, v in metrics.figures.items()))
+    print("  ".join(f"{k} {v:.4f}" for k, v in report["figures"].items()))
     for name, ap in metrics.per_class.items():
-        print(f"  {name:<20} AP {ap:.4f}")
+        print(f"  {name:<20} AP {ap:.4f}" + (f"  VOC_AP50 {report['voc'][name]:.4f}" if "voc" in report else ""))
     print(f"{metrics.images} images, {metrics.detections} detections; run folder {folder}")
     return 0
 
@@ -312,6 +316,23 @@ def _split(config: Any) -> int:
     lines = write_splits(source, splits, Path(config.out), about)
     print("\n".join(lines))
     print(f"next: ssod train data={Path(config.out) / lines[0].split(':')[0] / 'data.yaml'}")
+    return 0
+
+
+def _label(config: Any) -> int:
+    from ssod.deploy.label import label
+    from ssod.engine.run import lock_run, unlock_run
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock_run(out)
+    try:
+        done = label(config)
+    finally:
+        unlock_run(out)
+    if done is not None:
+        print(done.text())
+        print(f"next: ssod check data={done.data_yaml}")
     return 0
 
 

@@ -44,10 +44,13 @@ class TrainConfig(RunFolder, Inference, Data):
     )
     freeze: int = Field(0, ge=0, description="freeze the backbone's stem and this many of its stages; 0 = train all")
 
-    labeled: str | int = Field("all", description="labelled part of train: all, 10%, a count, or a file of image names")
+    labeled: str | int = Field(
+        "all",
+        description="labelled part of train: all, 10%, a count, a file of image names, a COCO JSON, or a split's folder",
+    )
     unlabeled: str = Field(
         "auto",
-        description="unlabelled images: auto (rest of train and the YAML's `unlabeled`), rest, none, or a folder",
+        description="unlabelled images: auto (rest of train, the YAML's `unlabeled`), rest, none, folder, list or glob",
     )
     augment: Augment = Field(Augment(), description="views of the images; a paper's name sets all three")
     augment_on: Literal["worker", "device"] = Field("worker", description="where the strong view's pixel work runs")
@@ -188,11 +191,32 @@ class SplitConfig(Data):
         return self
 
 
+class LabelConfig(Inference):
+    """`ssod label`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    source: str | list[str] = Field(
+        description="folder, image, list (.txt), glob, DATA.yaml:unlabeled, or some of these"
+    )
+    out: str = Field(description="folder to write; started again with the same arguments, a run goes on")
+    format: Literal["coco", "yolo", "voc"] = Field("coco", description="coco, yolo or voc; see docs/label.md")
+    imgsz: int | None = Field(None, ge=32, description="long side, pixels; default: as trained")  # type: ignore[assignment]
+    conf: float | dict[str, float] = Field(  # type: ignore[assignment]
+        0.5, description="lowest score of a label; by class: conf.NAME=0.6, and conf.default for the others"
+    )
+    scores: bool = Field(False, description="yolo: write the score behind each box (some programs refuse it)")
+    batch: int = Field(8, ge=1, description="images at once")
+    save_interval: int = Field(512, ge=1, description="images between saves: a killed run repeats at most these")
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+
 MODES: dict[str, type[Section]] = {
     "train": TrainConfig,
     "val": ValConfig,
     "predict": PredictConfig,
     "check": CheckConfig,
+    "label": LabelConfig,
     "split": SplitConfig,
 }
 _COMPONENTS = ("detector", "strategy")

@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "data": {"ops", "structures", "errors"},
     "detectors": {"nn", "ops", "structures", "checkpoint", "errors"},
     "strategies": {"detectors", "nn", "ops", "structures", "dist", "config", "errors"},
-    "deploy": {"detectors", "data", "nn", "ops", "structures", "checkpoint", "config", "errors"},
+    "deploy": {"detectors", "data", "nn", "ops", "structures", "checkpoint", "config", "errors", "dist"},
     "engine": {
         *("strategies", "deploy", "detectors", "data", "nn", "ops", "structures", "dist", "config", "checkpoint"),
         *("errors", "__init__", "report"),

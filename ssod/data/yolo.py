@@ -1,7 +1,8 @@
 """YOLO text labels, and images without labels.
 
 A label line is `class x_center y_center width height`, relative to the upright image; a polygon
-(`class x y x y x y ...`, as segmentation exports write it) stands for the box around it.
+(`class x y x y x y ...`, as segmentation exports write it) stands for the box around it. A sixth number is a score,
+as `predict` and `label` write it, and not used.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def _parse_line(line: str, label: Path, record: str) -> tuple[int, list[float]]:
     except ValueError:
         corrupt(label, record, f"numbers are expected, not {line.strip()!r}")
     polygon = len(values) >= 7 and len(values) % 2 == 1
-    if len(values) != 5 and not polygon:
+    if len(values) == 6:  # a pseudo label with its score
+        values.pop()
+    elif len(values) != 5 and not polygon:
         corrupt(label, record, f"'class x_center y_center width height' is expected, not {len(values)} numbers")
     if not values[0].is_integer():
         corrupt(label, record, f"the class must be an integer, not {values[0]}")
