@@ -70,16 +70,17 @@ class _Samples(torch.autograd.Function):
     ) -> Tensor:
         batch, queries, heads, levels, points, _ = locations.shape
         dim, samples, work = value.shape[-1], levels * points, locations.dtype
-        cells = _filled(value, shapes, table, work)  # [B, M, R, D]
         first = torch.empty(batch, heads, queries, samples, dtype=torch.int32)
         fraction = torch.empty(2, batch, heads, queries, samples, dtype=work)  # of x and of y
         by_head = locations.reshape(batch, queries, heads, 2 * samples).transpose(1, 2)  # [B, M, Q, 2 * J]
         attention = weights.reshape(batch, queries, heads, samples).transpose(1, 2)  # [B, M, Q, J]
         out = value.new_empty(batch, queries, heads, dim)
-        for b, some in _pieces(batch, heads, queries * samples):
+        step = _heads_at_once(heads, queries * samples, table.rows)
+        cells = torch.zeros(step, table.rows, dim, dtype=work)  # written anew for every piece, but for the borders
+        for b, some in _pieces(batch, heads, step):
             _locate(by_head[b, some], table, first[b, some], fraction[:, b, some])
             index = first[b, some].flatten(0, 1)  # [n * Q, J]
-            piece = cells[b, some].flatten(0, 1)  # [n * R, D]
+            piece = _fill(cells, value[b, :, some], shapes, table)
             total: Tensor | None = None
             corners = _bilinear(attention[b, some].contiguous(), fraction[:, b, some])
             for shift, weight in zip(table.shifts, corners, strict=True):
@@ -87,33 +88,35 @@ class _Samples(torch.autograd.Function):
                 total = part if total is None else total.add_(part)
             assert total is not None
             out[b, :, some] = total.view(len(first[b, some]), queries, dim).transpose(0, 1)
-        ctx.save_for_backward(cells, first, fraction, weights)
-        ctx.shapes, ctx.table, ctx.dtype = shapes, table, value.dtype
+        ctx.save_for_backward(value, first, fraction, weights)
+        ctx.shapes, ctx.table = shapes, table
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        cells, first, fraction, weights = ctx.saved_tensors
+        value, first, fraction, weights = ctx.saved_tensors
         shapes, table = ctx.shapes, ctx.table
         batch, queries, heads, levels, points = weights.shape
-        dim, samples = cells.shape[-1], levels * points
+        dim, samples, work = value.shape[-1], levels * points, weights.dtype
         upstream = grads[0].view(batch, queries, heads, dim).transpose(1, 2)  # [B, M, Q, D]
         attention = weights.reshape(batch, queries, heads, samples).transpose(1, 2)  # [B, M, Q, J]
         on_value, on_rest = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-        grad_value = torch.empty(batch, sum(h * w for h, w in shapes), heads, dim, dtype=ctx.dtype)
+        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
         grad_locations = weights.new_empty(batch, queries, heads, 2 * samples)
         grad_weights = weights.new_empty(batch, queries, heads, samples)
-        for b, some in _pieces(batch, heads, queries * samples):
-            grad = upstream[b, some].to(cells.dtype).flatten(0, 1).contiguous()  # [n * Q, D]
-            index, piece = first[b, some].flatten(0, 1), cells[b, some].flatten(0, 1)
+        step = _heads_at_once(heads, queries * samples, table.rows)
+        cells = torch.zeros(step, table.rows, dim, dtype=work)
+        for b, some in _pieces(batch, heads, step):
+            grad = upstream[b, some].to(work).flatten(0, 1).contiguous()  # [n * Q, D]
+            index = first[b, some].flatten(0, 1)
             share, part = attention[b, some].contiguous(), fraction[:, b, some]
             if on_rest:
-                products = _products(grad, piece, index, table)
+                products = _products(grad, _fill(cells, value[b, :, some], shapes, table), index, table)
                 on_location, on_weight = grad_locations[b, :, some], grad_weights[b, :, some]
                 _of_samples(products, share, part, table, on_location.transpose(0, 1), on_weight.transpose(0, 1))
             if on_value:
-                sums = _transposed(grad, index.flatten(), _bilinear(share, part), len(piece), table)
+                sums = _transposed(grad, index.flatten(), _bilinear(share, part), len(share) * table.rows, table)
                 _cut(sums, grad_value[b, :, some], shapes, table)
         return (
             grad_value if on_value else None,
@@ -124,23 +127,26 @@ class _Samples(torch.autograd.Function):
         )
 
 
-def _pieces(batch: int, heads: int, samples: int) -> Iterator[tuple[int, slice]]:
-    """Some heads of one image at a time, `samples` each."""
-    step = max(1, PIECE // max(1, samples))
+def _heads_at_once(heads: int, samples: int, rows: int) -> int:
+    """How many heads of `samples` and `rows` each make a piece."""
+    return min(heads, max(1, PIECE // max(samples, 2 * rows)))  # twice: the backward pass holds sums of that size too
+
+
+def _pieces(batch: int, heads: int, step: int) -> Iterator[tuple[int, slice]]:
+    """One image and some of its heads at a time."""
     for b in range(batch):
         for m in range(0, heads, step):
             yield b, slice(m, m + step)
 
 
-def _filled(value: Tensor, shapes: list[tuple[int, int]], table: Table, dtype: torch.dtype) -> Tensor:
-    """value [B, S, M, D] -> the tables [B, M, R, D], zero outside the levels."""
-    batch, _, heads, dim = value.shape
-    cells = torch.zeros(batch, heads, table.rows, dim, dtype=dtype)
-    levels = value.split([h * w for h, w in shapes], dim=1)
+def _fill(cells: Tensor, value: Tensor, shapes: list[tuple[int, int]], table: Table) -> Tensor:
+    """Write the values [S, n, D] of some heads into the first of the tables `cells`; returns their rows [n * R, D]."""
+    cells = cells[: value.shape[1]]
+    levels = value.split([h * w for h, w in shapes])
     for level, (h, w), origin in zip(levels, shapes, table.origins, strict=True):
-        window = _window(cells, h, w, origin, table.pitch)  # [B, M, h, w, D]
-        window.copy_(level.reshape(batch, h, w, heads, dim).permute(0, 3, 1, 2, 4))
-    return cells
+        window = _window(cells, h, w, origin, table.pitch)  # [n, h, w, D]
+        window.copy_(level.unflatten(0, (h, w)).permute(2, 0, 1, 3))
+    return cells.flatten(0, 1)
 
 
 def _window(cells: Tensor, h: int, w: int, origin: int, pitch: int) -> Tensor:

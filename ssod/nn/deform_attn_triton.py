@@ -48,20 +48,21 @@ class _Samples(torch.autograd.Function):
             grid, sizes = _launch(value, weights)
             with torch.cuda.device_of(value):  # a kernel starts on the current device, wherever its tensors are
                 _forward[grid](value, locations, weights, maps, out, **sizes)
-        ctx.save_for_backward(value, locations, weights, maps)
+        ctx.save_for_backward(value, locations, weights)
+        ctx.maps = maps  # not saved as the others: it may come from inference mode, where nothing can be saved
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        value, locations, weights, maps = ctx.saved_tensors
+        value, locations, weights = ctx.saved_tensors
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
         if weights.numel():
             grid, sizes = _launch(value, weights)
             results = grad_value, grad_locations, grad_weights
             with torch.cuda.device_of(value):
-                _backward[grid](value, locations, weights, maps, grads[0].contiguous(), *results, **sizes)
+                _backward[grid](value, locations, weights, ctx.maps, grads[0].contiguous(), *results, **sizes)
         return grad_value.to(value.dtype), grad_locations, grad_weights, None
 
 

@@ -185,6 +185,15 @@ def test_a_location_that_is_not_a_number_is_seen_and_harms_no_other():
     assert torch.equal(out.isnan(), bad.flatten(2))
 
 
+@pytest.mark.parametrize("form", ["plain", *OTHERS])
+def test_training_after_inference_mode(form):
+    shapes = [(3, 11), (5, 4)]  # of no other test: what is remembered of them comes from inference mode
+    inputs = make(shapes, 6, 2, 2, 3)
+    with torch.inference_mode(), attention_form(form):
+        out = deform_attn(*inputs)
+    torch.testing.assert_close(with_gradients(form, inputs)[0], out.clone())
+
+
 def test_bags_keep_less_than_plain_for_the_backward_pass():
     inputs = make([(20, 20), (10, 10)], 500, 4, 4, 32)
 
@@ -261,10 +270,13 @@ def test_an_unknown_form_is_refused_and_a_forced_one_ends_with_its_block(monkeyp
 
 IN_THE_INTERPRETER = """
 import torch
+from ssod.nn.deform_attn import attention_form, deform_attn
 from tests.nn.test_deform_attn import assert_same, make, with_gradients
 for case in [([(6, 4), (3, 2), (1, 1)], 5, 3, 2, 6), ([(2, 3)], 3, 4, 1, 8)]:
     inputs = make(*case)
     assert_same(with_gradients("triton", inputs), with_gradients("plain", inputs))
+with torch.inference_mode(), attention_form("triton"):
+    deform_attn(*make([(4, 4)], 3, 2, 2, 4))
 value, *rest = make([(4, 4)], 3, 2, 2, 4)
 out, on_value, on_locations, on_weights = with_gradients("triton", (value.half(), *rest))
 assert out.dtype == on_value.dtype == torch.float16 and on_locations.dtype == on_weights.dtype == torch.float32
