@@ -298,9 +298,10 @@ def _check(config: Any) -> int:
 
 def _split(config: Any) -> int:
     from ssod.data.division import by_erasing, by_list, by_percent, read_source
-    from ssod.data.split_files import write_splits
+    from ssod.data.split_files import check_out, write_splits
     from ssod.engine.setup import data_yaml
 
+    check_out(Path(config.out))
     source = read_source(data_yaml(config.data), config.data_path, config.strict)
     percents = config.percent if isinstance(config.percent, list) else [config.percent]
     about = {"kind": "percent", "seed": config.seed}

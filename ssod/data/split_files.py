@@ -34,8 +34,7 @@ def write_splits(source: Source, splits: Iterator[Split], out: Path, extra: dict
 
     extra: what else the manifest says (the seed, say). Raises UserError when `out` holds files already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} exists and is not an empty folder; give another, or remove it.")
+    check_out(out)
     building = out.with_name(f".{out.name}.part")
     shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
     try:
@@ -46,6 +45,12 @@ def write_splits(source: Source, splits: Iterator[Split], out: Path, extra: dict
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return lines
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError when `out` holds files already, to be called before much is read."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists and is not an empty folder; give another, or remove it.")
 
 
 def _write_all(source: Source, splits: Iterator[Split], out: Path, building: Path, extra: dict[str, Any]) -> list[str]:
