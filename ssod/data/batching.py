@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from ssod.data import slabs
 from ssod.data.geometry import GREY, cv2, to_hwc
 from ssod.data.operations import Frame
 from ssod.data.samples import Sample
@@ -42,7 +42,9 @@ def stack(frames: Sequence[Frame], targets: list[Instances], indices: list[int],
     """
     heights, widths = zip(*(frame.image.shape[1:] for frame in frames), strict=True)
     height, width = (round_up(max(*sides, square), pad_to) for sides in (heights, widths))
-    images = _blank(len(frames), 3, height, width)
+    shape = (len(frames), 3, height, width)
+    # In a loader worker, images are born in the shared memory they will leave in.
+    images = torch.empty(shape, dtype=torch.uint8) if get_worker_info() is None else slabs.blank(shape)
     for frame, padded, h, w in zip(frames, images, heights, widths, strict=True):
         _copy_planes(frame.image, padded[:, :h, :w])
         padded[:, h:] = GREY
@@ -54,15 +56,6 @@ def stack(frames: Sequence[Frame], targets: list[Instances], indices: list[int],
         targets=targets,
         indices=indices,
     )
-
-
-def _blank(*shape: int) -> Tensor:
-    """uint8 tensor of any content; in a loader worker it is born in the shared memory it will leave in."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # As torch's own default_collate does. Moving a filled tensor there is a second copy, into fresh pages.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _copy_planes(image: Tensor, out: Tensor) -> None:
@@ -92,11 +85,11 @@ class _Parcel:
         counts = [len(t) for t in view.targets]
         targets = Instances.cat(view.targets)
         arrays = [t.numpy() for t in (view.sizes, view.matrices, targets.boxes, targets.labels)]
-        return _unpack, (view.images, counts, *arrays, view.indices)
+        return _unpack, (slabs.outgoing(view.images), counts, *arrays, view.indices)
 
 
 def _unpack(
-    images: Tensor,
+    images: slabs.Envelope,
     counts: list[int],
     sizes: np.ndarray,
     matrices: np.ndarray,
@@ -106,4 +99,4 @@ def _unpack(
 ) -> View:
     per_image = zip(torch.from_numpy(boxes).split(counts), torch.from_numpy(labels).split(counts), strict=True)
     targets = [Instances(b, c) for b, c in per_image]
-    return View(images, torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices)
+    return View(images.open(), torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices)
