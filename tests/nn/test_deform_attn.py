@@ -240,6 +240,12 @@ def test_exported_with_dynamic_sizes(form, mark):
     torch.testing.assert_close(program.module()(*inputs), Called()(*inputs), atol=1e-5, rtol=1e-5)
 
 
+def test_compiled_without_a_break():
+    compiled = torch.compile(Called(), fullgraph=True, dynamic=True, backend="eager")
+    for inputs in (called_with(2, 8, 12, 5), called_with(3, 6, 16, 7)):
+        torch.testing.assert_close(compiled(*inputs), Called()(*inputs), atol=1e-5, rtol=1e-5)
+
+
 def chosen(value: torch.Tensor, monkeypatch) -> str:
     from ssod.nn import deform_attn as module
 
