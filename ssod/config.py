@@ -136,7 +136,7 @@ class PredictConfig(RunFolder, Inference):
 
     model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
     weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
-    source: str | list[str] = Field(description="image, folder, glob, or a list of these")
+    source: str | list[str] = Field(description="image, folder, list of paths (.txt), glob, or some of these")
     imgsz: int | None = Field(None, ge=32, description="long side, pixels; default: as trained")  # type: ignore[assignment]
     conf: float = Field(0.25, ge=0, le=1, description="lowest score of a detection")
     classes: list[int | str] | None = Field(None, description="keep only these classes (names or numbers)")

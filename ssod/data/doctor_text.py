@@ -58,6 +58,8 @@ def _numbers(report: Report) -> list[list[str]]:
     rows.append(["  commonest size", *(_commonest(r) for r in reports)])
     rows.append(["  long side", *(_spread([max(size) for size in r.sizes]) for r in reports)])
     rows.append(row("  without boxes", lambda r: str(len(r.empty))))
+    if not all(r.labeled for r in reports):
+        rows.append(["  labels, never read", *("-" if r.labeled else str(r.hidden or "none") for r in reports)])
     rows.append(row("boxes", lambda r: str(len(r.sides))))
     if any(r.crowd for r in reports):
         rows.append(row("  crowd, besides", lambda r: str(r.crowd)))

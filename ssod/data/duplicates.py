@@ -2,8 +2,8 @@
 
 Content is a hash of the decoded pixels (or of the file's bytes). Looks are a perceptual hash of 256 bits: the signs of
 the 16 x 16 lowest frequencies of the grey image shrunk to 64 x 64, as the library imagehash computes them. Another
-size, compression, brightness or a little noise changes few of these bits; unrelated photographs differ in 70 and more.
-Images that were turned, mirrored or cropped by more than about a hundredth look different to it.
+size, compression, brightness or a little noise changes few of these bits; photographs of different scenes differ in 70
+and more as a rule. Images that were turned, mirrored or cropped by 3 % look different to it (docs/doctor.md).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fingerprint(pixels: np.ndarray, looks: bool) -> Fingerprint:
     content = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
     if not looks:
         return Fingerprint(content, None)
-    from imagehash import phash  # half a second of imports that `ssod help` shall not pay for
+    from imagehash import phash  # brings scipy with it, which nothing else here needs
 
     bits = phash(Image.fromarray(pixels), hash_size=16).hash.reshape(-1)  # bool [256]
     return Fingerprint(content, np.packbits(bits).view(np.uint64))

@@ -95,7 +95,7 @@ def image_traits(path: str | os.PathLike[str]) -> list[str]:
             "CMYK": image.mode == "CMYK",
             "palette": image.mode in ("P", "PA"),
             "transparency": image.has_transparency_data,
-            "several frames": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,  # MPO: a camera's preview
+            "several frames": image.format in ("GIF", "PNG", "WEBP", "TIFF") and getattr(image, "is_animated", False),
         }
     return [trait for trait, present in told.items() if present]
 

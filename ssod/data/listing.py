@@ -55,7 +55,7 @@ def iter_images(source: str | Path | Sequence[str | Path]) -> Iterator[Path]:
     first = next(found, None)
     if first is None:
         raise UserError(
-            f"source={source}: no image there. Give an image, a folder, a list of paths (.txt) or a glob such as "
+            f"{source}: no image there. Give an image, a folder, a list of paths (.txt) or a glob such as "
             "'photos/*.jpg'."
         )
     yield first

@@ -64,6 +64,7 @@ def label(config: LabelConfig) -> Labeled | None:
     try:
         detector, content = load_detector(config.model, config.weights)
         names = content["names"]
+        _refuse_broken(detector, config.model)
         thresholds = class_thresholds(config.conf, names)
         settings = _settings(config, names, thresholds, config.imgsz or content["imgsz"])
         out = Path(config.out)
@@ -85,6 +86,13 @@ def label(config: LabelConfig) -> Labeled | None:
         return _write(plan, out, names)
     finally:
         dist.close()
+
+
+def _refuse_broken(detector: Detector, path: str) -> None:
+    """A network that is not finite finds nothing anywhere, and every image would be written as background."""
+    for name, tensor in detector.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise Fault(f"{path}: {name} is not finite, the network has diverged. Take an earlier checkpoint.")
 
 
 def class_thresholds(conf: float | Mapping[str, float], names: Sequence[str]) -> list[float]:

@@ -56,6 +56,7 @@ def test_numbers_in_the_text(three_splits: YoloFolder) -> None:
     rows = {line.split("  ")[0]: line.split() for line in lines if line and not line.startswith(" ")}
     assert rows["images"] == ["images", "3", "1", "1"]
     assert rows["boxes"] == ["boxes", "3", "-", "1"]
+    assert "  labels, never read" in "\n".join(lines)
     assert rows["0 carp"] == ["0", "carp", "2", "(67", "%)", "1", "(100", "%)"]
     table = [line for line in lines if line.startswith(("images", "boxes", "format"))]
     assert len({len(line) for line in table}) == 1, "columns are aligned"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,25 @@ def test_pairs_at_the_limit_are_rarely_missed_and_none_beyond_is_told() -> None:
     assert found.mean() > 0.98
     beyond = np.concatenate([base, np.stack([flipped(b, NEAR + 1, rng) for b in base])])
     assert (nearest(beyond, everyone)[1] == -1).all()
+
+
+def test_a_hundred_thousand_images_take_seconds() -> None:
+    """Comparing all with all would be 5 billion pairs."""
+    hashes = looks(100_000, seed=6)
+    hashes[99_999] = flipped(hashes[0], 10, np.random.default_rng(7))
+    start = time.process_time()
+    distance, other = nearest(hashes, np.ones((100_000, 1), np.bool_))
+    assert time.process_time() - start < 20
+    assert (distance[0, 0], other[0, 0], other[99_999, 0]) == (10, 99_999, 0)
+    assert (other >= 0).sum() == 2
+
+
+def test_a_film_of_a_still_scene_is_bounded_and_every_frame_finds_another() -> None:
+    rng = np.random.default_rng(8)
+    frames = np.stack([flipped(looks(1, seed=9)[0], 2, rng) for _ in range(2500)])
+    distance, other = nearest(frames, np.ones((2500, 1), np.bool_))
+    assert (distance <= 4).all()
+    assert (other != np.arange(2500)[:, None]).all()
 
 
 def scene(seed: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_sets import YoloFolder, picture, refusal
 
+from ssod.config import load_config
 from ssod.data.found import list_images, walk_images
 from ssod.data.listing import find_images, iter_images
 from ssod.data.samples import IMAGE_MISSING, IMAGE_TWICE, NO_LABEL_FILE, count_problems
 from ssod.data.sources import load_data
+from ssod.engine.setup import build_data
 from ssod.errors import UserError
 
 
@@ -89,6 +92,17 @@ def test_sources_come_one_at_a_time(tmp_path: Path) -> None:
     assert next(stream) == tmp_path / "a.png"
     with pytest.raises(UserError, match="none: no image there"):
         next(stream)
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "glob"])
+def test_training_takes_them_as_unlabelled_images(tiny: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    for i in range(3):
+        picture(tmp_path / "pool" / f"{i}.png", seed=i)
+    (tmp_path / "list.txt").write_text("".join(f"pool/{i}.png\n" for i in range(3)))
+    source = {"folder": "pool", "list": "list.txt", "glob": "pool/*.png"}[kind]
+    data = build_data(load_config("train", tiny | {"unlabeled": str(tmp_path / source)}))
+    assert [s.path.name for s in data.unlabeled] == ["0.png", "1.png", "2.png"]
+    assert not any(s.labeled for s in data.unlabeled)
 
 
 # ------------------------------------------------------------------------------------------ in a data YAML

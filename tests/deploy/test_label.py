@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from ssod import dist
-from ssod.checkpoint import FORMAT, save_checkpoint
+from ssod.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from ssod.cli import main
 from ssod.config import LabelConfig, load_config
 from ssod.data.sources import load_data
@@ -225,6 +225,17 @@ def test_mistakes_are_one_sentence(
         assert error.count("\n") == 1
     assert main([*words, f"source={photos}", f"out={out}", "batch=2"]) == 0
     assert "there already" in capsys.readouterr().out
+
+
+def test_a_diverged_network_writes_no_background(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = load_checkpoint(checkpoint)
+    content["networks"]["student"]["cls_logits.bias"][0] = float("nan")
+    save_checkpoint(content, tmp_path / "nan.pt")
+    assert main(["label", f"model={tmp_path}/nan.pt", f"source={photos}", f"out={tmp_path}/out", "device=cpu"]) == 1
+    assert "cls_logits.bias is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "data.yaml").exists()
 
 
 # ------------------------------------------------------------------------------------------ kills, ranks, memory
