@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ssod.data.reader import Reader
 from ssod.data.samples import Dataset, Sample
 from ssod.data.sheet import draw_views, read_views
 from ssod.data.streams import Stream, generator
-from ssod.data.transforms import Chain, pipeline
+from ssod.data.transforms import MIXINGS, OPERATIONS, Chain, pipeline
 from ssod.errors import UserError
 from ssod.ops.views import between, map_boxes, map_instances, map_points
 from ssod.structures import Instances, SemiBatch
@@ -109,6 +111,16 @@ def test_a_recipe_by_name_and_as_a_list_are_the_same(name: str) -> None:
     assert by_name == pipeline(VIEWS[name], 320)
     listed = load_config("train", {"augment": {"strong": VIEWS[name]}, "data": "shapes"})
     assert pipeline(listed.augment.strong, 320, "strong") == by_name
+
+
+def test_the_page_names_every_recipe_view_and_operation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    for name in [*RECIPES, *VIEWS, *OPERATIONS, *MIXINGS]:
+        assert f"`{name}`" in page, name
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("## Operations")[2], re.M))
+    for name, cls in (OPERATIONS | MIXINGS).items():
+        parameters = [f.name for f in fields(cls) if f.name != "imgsz" or name in ("resize", "window")]
+        assert re.findall(r"`(\w+)`", rows[name]) == parameters
 
 
 # ---------------------------------------------------------------- boxes follow geometry
