@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,9 +296,9 @@ def test_the_kernels_in_the_interpreter():
     """The same kernels, carried out by numpy: what they compute, not how it compiles."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", IN_THE_INTERPRETER]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "equal", done.stderr
 
 
