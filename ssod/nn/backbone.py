@@ -133,11 +133,11 @@ class Backbone(nn.Module):
         config = timm.get_pretrained_cfg(name)
         native = 1 if config is None else max(config.input_size[1:])
         for multiple in sorted({BASE if self.plain else 1, max(reductions), native}):
-            # Small, not square, and not a multiple of any stride where no padding is tried.
-            self.probe_size = (33, 65) if multiple == 1 else (multiple, 2 * multiple)
+            # Not square, wider than what it was made for, and where no padding is tried no multiple of any stride.
+            self.probe_size = (33, native + 33) if multiple == 1 else (multiple, (native // multiple + 1) * multiple)
             try:
                 shapes = [tuple(m.shape[1:]) for m in self._probe()]
-            except (RuntimeError, AssertionError, ValueError):
+            except (RuntimeError, AssertionError, ValueError, IndexError):
                 continue
             cells = [tuple(-(-n // s) for n in self.probe_size) for s in reductions]
             for last in (False, True):
