@@ -32,6 +32,11 @@ def from_hwc(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
+def laid_out(image: Tensor) -> Tensor:
+    """The same pixels as the photometric kernels want them: planes for torch, channels-last for OpenCV."""
+    return image if cv2 is not None else image.contiguous()
+
+
 def fitted(height: int, width: int, long_side: int) -> tuple[int, int]:
     """(h, w) of an image resized, ratio kept, so that its longer side is `long_side`."""
     ratio = long_side / max(height, width)

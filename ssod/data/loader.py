@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import parcel, stack, targets_in
-from ssod.data.geometry import cv2
+from ssod.data.geometry import cv2, laid_out
 from ssod.data.image import ImageError
 from ssod.data.mixing import Mixing, Source
 from ssod.data.operations import Frame, Rng
@@ -57,6 +57,7 @@ class ViewMaker:
         weak = source.frame
         if any(chain.from_weak for chain in chains):
             weak = self.weak(source.frame, self._rng(epoch, index, WEAK))
+            weak = weak.painted(laid_out(weak.image))  # once for all views
         starts = [weak if chain.from_weak else source.frame for chain in chains]
         views = enumerate(zip(chains, starts, strict=True), WEAK + 1)
         return source, [chain(start, self._rng(epoch, index, view)) for view, (chain, start) in views]
