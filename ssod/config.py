@@ -46,7 +46,7 @@ class TrainConfig(RunFolder, Inference, Data):
 
     labeled: str | int = Field(
         "all",
-        description="labelled part of train: all, 10%, a count, a file of image names, a COCO JSON, or a split's folder",
+        description="labelled part of train: all, 10%, a count, a file of image names, a COCO JSON, a split's folder",
     )
     unlabeled: str = Field(
         "auto",

@@ -122,7 +122,7 @@ def _parse_line(line: str, label: Path, record: str) -> tuple[int, list[float]]:
     except ValueError:
         corrupt(label, record, f"numbers are expected, not {line.strip()!r}")
     polygon = len(values) >= 7 and len(values) % 2 == 1
-    if len(values) == 6:  # a pseudo label with its score
+    if len(values) == 6 and 0 <= values[5] <= 1:  # a pseudo label with its score
         values.pop()
     elif len(values) != 5 and not polygon:
         corrupt(label, record, f"'class x_center y_center width height' is expected, not {len(values)} numbers")

@@ -195,3 +195,9 @@ def test_a_polygon_stands_for_the_box_around_it(
         np.testing.assert_allclose(boxes[1], wanted, atol=1e-4)
     else:
         assert len(boxes) == 1, "a polygon without area is dropped"
+
+
+def test_the_score_of_a_pseudo_label_is_not_used(yolo_folder: YoloFolder) -> None:
+    plain = load_data(yolo_folder.yaml, "train").samples[1].boxes
+    yolo_folder.label("b", "1 0.5 0.5 0.25 0.2 0.875\n")
+    np.testing.assert_array_equal(load_data(yolo_folder.yaml, "train").samples[1].boxes, plain)
