@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_sets import CocoFolder
 
+from ssod.cli import main
 from ssod.config import load_config, parse_words
 from ssod.data import geometry
 from ssod.data.batching import targets_in
@@ -395,3 +397,17 @@ def test_the_sheet_shows_every_view(
     assert rows * 260 < page.height < rows * 430
     again = draw_views(data, read_views(config.augment, 64), 6, tmp_path / "views.png", seed=2)
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_check_writes_the_sheet_and_refuses_bad_views_first(
+    coco_folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["check", f"data={coco_folder.write()}", f"project={tmp_path / 'runs'}", "imgsz=64", "samples=2"]
+    main([*words, "augment=soft_teacher"])
+    assert "views.png" in capsys.readouterr().out
+    page = Image.open(tmp_path / "runs" / "check" / "exp" / "views.png")
+    assert page.width == 3 * 408 + 8  # weak, strong, labelled
+    assert main([*words, "augment=soft_teecher"]) == 2
+    said = capsys.readouterr()
+    assert "Did you mean 'soft_teacher'" in said.err
+    assert said.out == ""

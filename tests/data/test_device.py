@@ -196,6 +196,24 @@ def test_two_ranks_draw_what_one_draws() -> None:
     assert torch.equal(torch.cat(shared), alone)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_paints_what_the_host_paints() -> None:
+    operations = (*COLOURS[-1], Erase(1.0))
+    batch = view()
+    covered = 0
+    for step in range(6):
+        there = Painter(operations, seed=2)(batch.to("cuda"), batch.sizes, step).images.cpu()
+        here = Painter(operations, seed=2)(batch, batch.sizes, step).images
+        same = (there.int() - here.int()).abs().amax(1) <= len(operations)
+        covered += int((~same).sum())
+        for i, (h, w) in enumerate(batch.sizes.tolist()):  # only the noise under one rectangle may differ
+            y, x = (~same[i]).nonzero().unbind(1)
+            if len(y):
+                assert (y.max() - y.min() + 1) * (x.max() - x.min() + 1) <= 0.21 * h * w
+    assert covered > 0
+
+
 def test_what_the_device_takes_over() -> None:
     rest, painted = divide(pipeline("unbiased_teacher", 64))
     assert rest.chains[0].operations == ()
