@@ -117,7 +117,8 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         if self.unlabeled is None:
             return SemiBatch(parcel(labeled), bad=bad)
         weak, strong = self._unlabeled(self.unlabeled, step, bad)
-        return SemiBatch(parcel(labeled), parcel(weak), parcel(strong), bad)
+        shown = parcel(weak)
+        return SemiBatch(parcel(labeled), shown, shown if strong is weak else parcel(strong), bad)
 
     def _labeled(self, step: int, bad: Bad) -> View:
         maker = self.labeled
@@ -130,13 +131,15 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         return stack(frames, targets, indices, self.pad_to, self.square)
 
     def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:
-        drawn = [maker.draw(position, (SAME, self.strong), bad) for position in maker.stream.positions(step)]
+        """The two views; one View for both where they are the same, so that its pixels travel once."""
+        chains = (SAME,) if self.strong == SAME else (SAME, self.strong)
+        drawn = [maker.draw(position, chains, bad) for position in maker.stream.positions(step)]
         indices = [source.index for source, _ in drawn]
-        weak, strong = (
+        views = [
             stack(list(frames), [Instances.empty() for _ in drawn], indices, self.pad_to, self.square)
             for frames in zip(*(frames for _, frames in drawn), strict=True)
-        )
-        return weak, strong
+        ]
+        return views[0], views[-1]
 
 
 class StepLoader(DataLoader[SemiBatch | UserError]):

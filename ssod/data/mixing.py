@@ -48,10 +48,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """What views are made of: a frame, and the images in it, the one whose turn it is first.
+    """What views are made of: a frame, the position in its sample list of the image whose turn it is, and the parts.
 
-    A plain source is one decoded image, whose frame's matrix maps from the pixels of its file. A mixed source is
-    itself the image that matrices map from; its parts map from their files.
+    A plain source is that image alone: no parts, and the frame's matrix maps from the pixels of its file. A mixed
+    source is itself the image that matrices map from; its parts map from their files.
     """
 
     index: int

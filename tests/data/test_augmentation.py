@@ -374,6 +374,16 @@ def test_mistakes_are_said_in_one_sentence(spec: Any, role: Any, message: str) -
         pipeline(spec, 64, role)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_strong_view_that_adds_nothing_travels_once(painted: list[Sample], workers: int) -> None:
+    plain = batches(painted, weak="weak", strong="strong")
+    for a, b in zip(plain, batches(painted, weak="weak", strong="weak", workers=workers), strict=True):
+        assert b.strong is b.weak
+        assert a.weak is not None
+        assert b.weak is not None
+        assert torch.equal(a.weak.images, b.weak.images)
+
+
 # ---------------------------------------------------------------- the sheet
 
 
