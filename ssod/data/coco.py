@@ -1,10 +1,14 @@
-"""COCO JSON: boxes are [x, y, w, h] pixels, 0-based, of the upright image; categories may have gaps in their ids."""
+"""COCO JSON: boxes are [x, y, w, h] pixels, 0-based, of the upright image; categories may have gaps in their ids.
+
+I images, N annotations. What the file says is in `CocoArrays`; here it is judged.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -13,11 +17,16 @@ from typing import Any
 import numpy as np
 
 from ssod.data import samples as kinds
+from ssod.data.coco_parse import ABSENT, CocoArrays, parse, usable_area
 from ssod.data.found import Found, SafePaths, check_name, corrupt
-from ssod.data.samples import Inspector, Sample, no_objects
+from ssod.data.image import MAX_PIXELS
+from ssod.data.samples import Inspector
+from ssod.data.table import Columns, SampleTable, path_columns, unlabeled_table
 from ssod.errors import UserError
 
 _PREFIXES = ("instances_", "image_info_")
+# Names that lead nowhere but downwards; all others are looked at one by one.
+_PLAIN = re.compile(r"[\w-][\w. -]*(/[\w-][\w. -]*)*").fullmatch
 
 
 def find_images(json_path: Path, tops: list[Path], split: str) -> Path:
@@ -25,13 +34,11 @@ def find_images(json_path: Path, tops: list[Path], split: str) -> Path:
 
     Raises UserError when none has any.
     """
-    records = _records(load(json_path), "images", json_path)
-    step = max(1, len(records) // 100)  # a look at a hundred is enough to tell the folders apart
-    names = [
-        check_name(record.get("file_name"), json_path, f"images[{i}]")
-        for i, record in enumerate(records)
-        if i % step == 0
-    ]
+    content = load(json_path)
+    _require(content, "images", json_path)
+    step = max(1, len(content.names) // 100)  # a look at a hundred is enough to tell the folders apart
+    looked_at = range(0, len(content.names), step)
+    names = [check_name(_name(content, i), json_path, f"images[{i}]") for i in looked_at]
     stem = json_path.stem
     for prefix in _PREFIXES:
         stem = stem.removeprefix(prefix)
@@ -57,67 +64,95 @@ def read_ids(json_path: Path) -> list[int]:
 
 def with_objects(json_path: Path) -> list[int]:
     """Ids of the images that have an annotation which is not crowd, ascending, whether or not the files are there."""
-    records = _records(load(json_path), "annotations", json_path)
-    annotated = {
-        _integer(r, "image_id", json_path, f"annotations[{i}]") for i, r in enumerate(records) if not r.get("iscrowd")
-    }
-    return sorted(annotated & _images(load(json_path), json_path).keys())
+    content = load(json_path)
+    owners, odd = _owners(content, json_path)
+    crowd = content.crowd.copy()
+    for i, record in odd.items():
+        crowd[i] = bool(record.get("iscrowd"))
+    return np.intersect1d(owners[~crowd], _image_ids(content, json_path)).tolist()
 
 
-def read(found: Found, inspector: Inspector) -> list[Sample]:
+def count_annotated(json_path: Path) -> int:
+    """How many images the annotations are of; whether these exist, and all else about them, is not looked at."""
+    content = load(json_path)
+    odd = content.odd["annotations"]
+    regular = np.delete(content.owners, list(odd))
+    others = {str(record.get("image_id")) for record in odd.values() if isinstance(record, dict)}
+    return len(np.unique(regular)) + len(others - set(map(str, regular.tolist() if others else ())))
+
+
+@lru_cache(maxsize=2)
+def load(file: Path) -> CocoArrays:
+    """What a COCO JSON says, not to be changed. `load_data` clears this cache when done."""
+    return parse(file)
+
+
+def read(found: Found, inspector: Inspector) -> SampleTable:
     """Samples of a COCO JSON in the order of their image ids; for the split "unlabeled" only its images are used."""
     assert found.annotations is not None
     file = found.annotations
     content = load(file)
     labeled = found.split != "unlabeled"
-    images = _images(content, file)
-    objects = _annotations(content, set(images), file, inspector) if labeled else {}
-    label_of = {id_: label for label, (id_, _) in enumerate(_categories(content, file))} if labeled else {}
+    all_ids = _image_ids(content, file)
+    owners, odd = _owners(content, file) if labeled else (content.owners[:0], {})
+    if labeled:
+        _report_ids(content, owners, odd, all_ids, file, inspector)
+        categories = _categories(content, file)
 
-    to_path = SafePaths(found, found.images)
-    out: list[Sample] = []
-    seen: dict[Path, int] = {}
-    for image_id in sorted(images):
-        record, image = images[image_id]
-        path = to_path(image.get("file_name"), record)
-        if path in seen:
-            inspector.report(kinds.IMAGE_TWICE, file, record, f"{path.name} is image {seen[path]}, too")
-        seen.setdefault(path, image_id)
-        size = inspector.size(path)
-        if size is None:
-            continue
-        if isinstance(image.get("width"), int) and isinstance(image.get("height"), int):
-            inspector.compare_size(path, size, (image["width"], image["height"]), f"image id {image_id}")
-        if labeled:
-            out.append(_sample(path, image_id, size, objects.get(image_id, []), label_of, file, inspector))
-        else:
-            out.append(Sample.unlabeled(path, image_id, *size))
-    return out
+    order = np.argsort(all_ids)
+    rows, paths, sizes = _images(content, order, found, inspector)
+    ids = all_ids[rows]
+    text, ends = path_columns(paths)
+    if not labeled:
+        return unlabeled_table(text, ends, ids, sizes)
+
+    # Annotations of the images that are left, by image, and those of one image as they stand in the file.
+    position = np.searchsorted(ids, owners)
+    mine = np.flatnonzero(np.append(ids, 0)[position] == owners) if len(ids) else np.zeros(0, np.int64)
+    mine = mine[np.argsort(position[mine], kind="stable")]
+    of = position[mine]  # [n] which image
+    boxes, category = _boxes(content, mine, odd, file)
+    labels = _labels(category, categories, mine, file)
+    clean, keep = inspector.clean(boxes, sizes[of], file, _Places("annotations", mine))
+    told = _areas(content, mine, odd)[keep]
+    own = (clean[:, 2:] - clean[:, :2]).prod(axis=1)
+    return SampleTable(
+        Columns(
+            text,
+            ends,
+            ids,
+            sizes,
+            box_ends=np.searchsorted(of[keep], np.arange(len(ids)), side="right"),
+            boxes=clean,
+            labels=labels[keep],
+            crowd=_crowd(content, mine, odd)[keep],
+            areas=np.where(np.isnan(told), own, told).astype(np.float32),
+            has_areas=np.bincount(of, minlength=len(ids)) > 0,
+            labeled=np.ones(len(ids), np.bool_),
+            places=np.zeros((len(ids), 3), np.int64),
+        )
+    )
 
 
-@lru_cache(maxsize=2)
-def load(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, not to be changed. `load_data` clears this cache when done: files may be gigabytes."""
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            content = json.load(stream)
-    except json.JSONDecodeError as error:
-        corrupt(file, f"line {error.lineno}, column {error.colno}", f"not valid JSON ({error.msg})")
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of 5000 digits
-        corrupt(file, "", f"cannot be read as JSON ({error})")
-    if not isinstance(content, dict):
-        corrupt(file, "", "not a COCO file: an object with images, annotations and categories is expected")
-    return content
+class _Places(Sequence[str]):
+    """Where records stand in the file; written only for those that are reported."""
+
+    def __init__(self, key: str, rows: np.ndarray) -> None:
+        self.key, self.rows = key, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self.key}[{self.rows[index]}]"
 
 
-def _records(content: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
-    records = content.get(key)
-    if not isinstance(records, list):
+def _require(content: CocoArrays, key: str, file: Path) -> None:
+    if key in content.missing:
         corrupt(file, "", f"not a COCO file: the list '{key}' is missing")
-    for i, record in enumerate(records):
+    for i, record in content.odd.get(key, {}).items():
         if not isinstance(record, dict):
             corrupt(file, f"{key}[{i}]", f"an object is expected, not {record!r}")
-    return records
 
 
 def _integer(record: dict[str, Any], key: str, file: Path, where: str) -> int:
@@ -127,10 +162,14 @@ def _integer(record: dict[str, Any], key: str, file: Path, where: str) -> int:
     return value
 
 
-def _categories(content: dict[str, Any], file: Path) -> list[tuple[int, str]]:
+def _categories(content: CocoArrays, file: Path) -> list[tuple[int, str]]:
     """(id, name) in ascending ids."""
+    _require(content, "categories", file)
     out: list[tuple[int, str]] = []
-    for i, record in enumerate(_records(content, "categories", file)):
+    for i, record in enumerate(content.categories):
+        if not isinstance(record, dict):
+            corrupt(file, f"categories[{i}]", f"an object is expected, not {record!r}")
+    for i, record in enumerate(content.categories):
         id_ = _integer(record, "id", file, f"categories[{i}]")
         name = record.get("name")
         if not isinstance(name, str) or not name.strip():
@@ -142,80 +181,183 @@ def _categories(content: dict[str, Any], file: Path) -> list[tuple[int, str]]:
     return sorted(out)
 
 
-def _images(content: dict[str, Any], file: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    """{image id: (where it stands, record)}; an id given twice is refused, for its annotations could be of either."""
-    out: dict[int, tuple[str, dict[str, Any]]] = {}
-    for i, record in enumerate(_records(content, "images", file)):
-        id_ = _integer(record, "id", file, f"images[{i}]")
-        if id_ in out:
-            first, other = out[id_]
-            names = f"{other.get('file_name')!r} ({first}) and {record.get('file_name')!r}"
-            corrupt(file, f"images[{i}]", f"image id {id_} is given to both {names}; image ids must be unique")
-        out[id_] = (f"images[{i}]", record)
-    return out
+def _name(content: CocoArrays, i: int) -> Any:
+    """The file name of an image, whatever stands there."""
+    odd = content.odd["images"].get(i)
+    return content.names[i] if odd is None else odd.get("file_name")
 
 
-def _annotations(
-    content: dict[str, Any], image_ids: set[int], file: Path, inspector: Inspector
-) -> dict[int, list[tuple[str, dict[str, Any]]]]:
-    """{image id: [(where it stands, record)]}.
-
-    Ids of annotations play no part here: evaluation counts boxes from 1. Those that would have spoilt the score of
-    pycocotools (0 counts as "unmatched", a repeated id hides a box) are reported all the same.
-    """
-    records = _records(content, "annotations", file)
-    uses = Counter(r.get("id") for r in records if type(r.get("id")) is int)
-    out: dict[int, list[tuple[str, dict[str, Any]]]] = {}
-    for i, record in enumerate(records):
-        where = f"annotations[{i}]"
-        image_id = _integer(record, "image_id", file, where)
-        id_ = record.get("id")
-        if type(id_) is int and (id_ == 0 or uses[id_] > 1):
-            inspector.report(
-                kinds.ANNOTATION_ID, file, where, f"annotation id {id_} is {'0' if id_ == 0 else 'not unique'}"
-            )
-        if image_id not in image_ids:
-            inspector.report(kinds.ANNOTATION_ORPHAN, file, where, f"there is no image with the id {image_id}")
-            continue
-        out.setdefault(image_id, []).append((where, record))
-    return out
+def _image_ids(content: CocoArrays, file: Path) -> np.ndarray:
+    """int64 [I]; an id given twice is refused, for its annotations could be of either."""
+    _require(content, "images", file)
+    ids = content.image_ids.copy()
+    for i, record in content.odd["images"].items():
+        ids[i] = _integer(record, "id", file, f"images[{i}]")
+    first_of: dict[int, int] = {}
+    if len(np.unique(ids)) < len(ids):
+        for i, id_ in enumerate(ids.tolist()):
+            first = first_of.setdefault(id_, i)
+            if first != i:
+                names = f"{_name(content, first)!r} (images[{first}]) and {_name(content, i)!r}"
+                corrupt(file, f"images[{i}]", f"image id {id_} is given to both {names}; image ids must be unique")
+    return ids
 
 
-def _sample(
-    path: Path,
-    image_id: int,
-    size: tuple[int, int],
-    objects: list[tuple[str, dict[str, Any]]],
-    label_of: dict[int, int],
+def _owners(content: CocoArrays, file: Path) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
+    """The image id of every annotation, int64 [N], and the odd records among the annotations."""
+    _require(content, "annotations", file)
+    odd = content.odd["annotations"]
+    owners = content.owners.copy() if odd else content.owners
+    for i, record in odd.items():
+        owners[i] = _integer(record, "image_id", file, f"annotations[{i}]")
+    return owners, odd
+
+
+def _report_ids(
+    content: CocoArrays,
+    owners: np.ndarray,
+    odd: dict[int, dict[str, Any]],
+    image_ids: np.ndarray,
     file: Path,
     inspector: Inspector,
-) -> Sample:
-    if not objects:
-        return Sample(path, image_id, *size, *no_objects(), labeled=True)
-    boxes, labels, crowd, areas = [], [], [], []
-    for where, record in objects:
-        x, y, w, h = _box(record, file, where)
-        category = _integer(record, "category_id", file, where)
-        if category not in label_of:
-            known = ", ".join(str(id_) for id_ in label_of)
-            corrupt(file, where, f"category_id {category} is not among the categories of this file ({known})")
-        boxes.append((x, y, x + w, y + h))
-        labels.append(label_of[category])
-        crowd.append(bool(record.get("iscrowd", 0)))
-        area = record.get("area")
-        areas.append(area if isinstance(area, (int, float)) and 0 <= area < 1e12 else np.nan)
-    clean, keep = inspector.clean(boxes, size, file, [where for where, _ in objects])
-    told, own = np.array(areas)[keep], (clean[:, 2:] - clean[:, :2]).prod(axis=1)
-    return Sample(
-        path,
-        image_id,
-        *size,
-        boxes=clean,
-        labels=np.array(labels, np.int64)[keep],
-        crowd=np.array(crowd, np.bool_)[keep],
-        labeled=True,
-        areas=np.where(np.isnan(told), own, told).astype(np.float32),
-    )
+) -> None:
+    """Ids of annotations play no part here: evaluation counts boxes from 1. Those that would have spoilt the score of
+    pycocotools (0 counts as "unmatched", a repeated id hides a box) are reported all the same, and so are annotations
+    of no image."""
+    told: dict[int, int] = {i: r["id"] for i, r in odd.items() if type(r.get("id")) is int}
+    ids = content.ids.copy()
+    ids[list(odd)] = ABSENT
+    for i, id_ in told.items():
+        if abs(id_) < 2**63:
+            ids[i] = id_
+    huge = Counter(id_ for id_ in told.values() if abs(id_) >= 2**63)
+    _, inverse, uses = np.unique(ids, return_inverse=True, return_counts=True)
+    spoils = ((ids == 0) | (uses[inverse] > 1)) & (ids != ABSENT)
+    for i, id_ in told.items():
+        spoils[i] |= huge[id_] > 1
+    orphan = ~np.isin(owners, image_ids)
+    for i in np.flatnonzero(spoils | orphan).tolist():
+        where = f"annotations[{i}]"
+        if spoils[i]:
+            id_ = told.get(i, int(ids[i]))
+            reason = f"annotation id {id_} is {'0' if id_ == 0 else 'not unique'}"
+            inspector.report(kinds.ANNOTATION_ID, file, where, reason)
+        if orphan[i]:
+            reason = f"there is no image with the id {owners[i]}"
+            inspector.report(kinds.ANNOTATION_ORPHAN, file, where, reason)
+
+
+def _images(
+    content: CocoArrays, order: np.ndarray, found: Found, inspector: Inspector
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """(row in the file, path, (width, height)) of the images that can be used: int64 [I], I paths, int32 [I, 2].
+
+    Each image's header is read, unless there are many and the file tells their sizes: then their folders are listed.
+    """
+    assert found.annotations is not None
+    file, odd = found.annotations, content.odd["images"]
+    to_path = SafePaths(found, found.images)
+    folders = _Folders(found.images, to_path) if inspector.trusts(len(order)) else None
+    ids, declared = content.image_ids.tolist(), content.sizes.tolist()
+    rows, paths, sizes = [], [], []
+    seen: dict[str, int] = {}
+    for i in order.tolist():
+        name, told, where = content.names[i], declared[i], f"images[{i}]"
+        if i in odd:
+            ids[i], told = odd[i]["id"], [_or_absent(odd[i].get(side)) for side in ("width", "height")]
+        listed = folders is not None and i not in odd and min(told) > 0 and told[0] * told[1] <= MAX_PIXELS
+        path = folders.path(name, where) if listed and folders and _PLAIN(name) else None
+        size = tuple(told) if path is not None else None
+        if path is None:
+            path = str(to_path(_name(content, i), where))
+        if path in seen:
+            reason = f"{os.path.basename(path)} is image {seen[path]}, too"
+            inspector.report(kinds.IMAGE_TWICE, file, where, reason)
+        seen.setdefault(path, ids[i])
+        if size is None:
+            size = inspector.size(Path(path))
+            if size is None:
+                continue
+            if ABSENT not in told:
+                inspector.compare_size(Path(path), size, (told[0], told[1]), f"image id {ids[i]}")
+        rows.append(i)
+        paths.append(path)
+        sizes.append(size)
+    return np.array(rows, np.int64), paths, np.array(sizes, np.int32).reshape(-1, 2)
+
+
+class _Folders:
+    """Looks for files by listing their folders, each once: opening a hundred thousand files takes far longer."""
+
+    def __init__(self, base: Path, to_path: SafePaths) -> None:
+        self.base, self.to_path = str(base), to_path
+        self.links: dict[str, dict[str, bool]] = {}  # {folder: {file name: whether it is a symbolic link}}
+
+    def path(self, name: str, where: str) -> str | None:
+        """The path of a plain name, or None where there is no such file. Refuses what leads out of the data."""
+        folder, _, last = name.rpartition("/")
+        links = self.links.get(folder)
+        if links is None:
+            self.to_path(name, where)
+            links = self.links[folder] = {}
+            with suppress(OSError), os.scandir(os.path.join(self.base, folder)) as entries:
+                links.update((entry.name, entry.is_symlink()) for entry in entries)
+        if last not in links:
+            return None
+        return str(self.to_path(name, where)) if links[last] else f"{self.base}{os.sep}{name}"
+
+
+def _or_absent(value: Any) -> int:
+    return value if isinstance(value, int) else ABSENT
+
+
+def _boxes(
+    content: CocoArrays, mine: np.ndarray, odd: dict[int, dict[str, Any]], file: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corners float64 [n, 4] and category ids int64 [n] of the annotations at the rows `mine`."""
+    boxes, categories = content.boxes[mine], content.categories_of[mine]
+    for k, record in _odd_among(mine, odd):
+        where = f"annotations[{mine[k]}]"
+        boxes[k] = _box(record, file, where)
+        categories[k] = _integer(record, "category_id", file, where)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes[:, 2:] += boxes[:, :2]
+    return boxes, categories
+
+
+def _labels(category: np.ndarray, categories: list[tuple[int, str]], mine: np.ndarray, file: Path) -> np.ndarray:
+    """int64 [n]: category ids as positions in the sorted list of categories."""
+    known = np.array([id_ for id_, _ in categories], np.int64)
+    labels = np.searchsorted(known, category)
+    unknown = np.flatnonzero(np.append(known, 0)[labels] != category) if len(known) else np.arange(len(category))
+    unknown = np.union1d(unknown, np.flatnonzero(labels == len(known)))
+    if len(unknown):
+        k = int(unknown[0])
+        listed = ", ".join(str(id_) for id_ in known)
+        reason = f"category_id {category[k]} is not among the categories of this file ({listed})"
+        corrupt(file, f"annotations[{mine[k]}]", reason)
+    return labels
+
+
+def _areas(content: CocoArrays, mine: np.ndarray, odd: dict[int, dict[str, Any]]) -> np.ndarray:
+    """float64 [n], NaN where the file tells none that is usable."""
+    areas = content.areas[mine]
+    for k, record in _odd_among(mine, odd):
+        areas[k] = usable_area(record.get("area"))
+    return areas
+
+
+def _crowd(content: CocoArrays, mine: np.ndarray, odd: dict[int, dict[str, Any]]) -> np.ndarray:
+    crowd = content.crowd[mine]
+    for k, record in _odd_among(mine, odd):
+        crowd[k] = bool(record.get("iscrowd", 0))
+    return crowd
+
+
+def _odd_among(mine: np.ndarray, odd: dict[int, dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(position among `mine`, record) of the odd ones."""
+    if odd:
+        yield from ((k, odd[int(mine[k])]) for k in np.flatnonzero(np.isin(mine, list(odd))).tolist())
 
 
 def _box(record: dict[str, Any], file: Path, where: str) -> list[float]:

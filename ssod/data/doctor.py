@@ -100,7 +100,7 @@ def check_data(
     prints: dict[str, list[tuple[Path, Fingerprint]]] = {}
     for split in splits or data.splits:
         try:
-            dataset = load_data(yaml_path, split, path)
+            dataset = load_data(yaml_path, split, path, headers=True)
         except UserError as error:
             report.errors[split] = str(error)
             differences = _misnamed(data, split)
@@ -211,7 +211,7 @@ def _hidden_labels(data: DataYaml, dataset: Dataset) -> int:
     records = 0
     for found in find_parts(data, "unlabeled"):
         if found.format == "COCO" and found.annotations is not None:
-            records += len({r.get("image_id") for r in coco.load(found.annotations).get("annotations") or []})
+            records += coco.count_annotated(found.annotations)
     coco.load.cache_clear()
 
     def has_file(path: Path) -> bool:

@@ -11,6 +11,7 @@ images  any folder, list or glob, for the split `unlabeled` only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssod.data import coco, voc, yolo
@@ -65,7 +66,7 @@ def class_names(found: Found) -> list[str]:
     )
 
 
-def read_split(found: Found, names: list[str], inspector: Inspector) -> list[Sample]:
+def read_split(found: Found, names: list[str], inspector: Inspector) -> Sequence[Sample]:
     """All usable samples of a split, in an order that is the same on every machine."""
     if found.format == "COCO":
         return coco.read(found, inspector)

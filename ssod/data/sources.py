@@ -12,16 +12,17 @@ layout: images/ and labels/ of the fish set, from fish.example   # said where `p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ssod.data import coco
 from ssod.data.formats import class_names, find_split, read_split, way_out
 from ssod.data.found import Found
-from ssod.data.samples import Dataset, Inspector, Problem, Sample, count_problems
+from ssod.data.samples import Dataset, Inspector, Problem, Sample, SampleTable, count_problems
 from ssod.errors import UserError, did_you_mean
 
 __all__ = ["SPLITS", "DataYaml", "Dataset", "Problem", "Sample", "count_problems", "load_data", "read_data_yaml"]
@@ -49,20 +50,23 @@ def load_data(
     split: str,
     path: str | os.PathLike[str] | None = None,
     strict: bool = False,
+    headers: bool = False,
 ) -> Dataset:
     """Read one split ("train", "unlabeled", "val" or "test") that a data YAML describes.
 
     `path` replaces the YAML's `path`, and is relative to the current folder. Of the split "unlabeled" only the images
     are used: annotations that lie beside them are not opened (of a COCO file, only its list of images is used).
     Flaws that can be mended, and images left out, are listed in the result's `problems`; with `strict` the first of
-    them is an error. Raises UserError when the YAML, an annotation file or the split as a whole cannot be used.
+    them is an error. Where a COCO file tells the sizes of more than 20,000 images, their headers are not read: an image
+    of another size shows when it is decoded. With `headers` or `strict` all are read.
+    Raises UserError when the YAML, an annotation file or the split as a whole cannot be used.
     """
     data = read_data_yaml(yaml_path, path)
-    inspector = Inspector(strict)
+    inspector = Inspector(strict, headers)
     try:
         parts = find_parts(data, split)
         names = _names(data, split, parts)
-        read = [read_split(found, names, inspector) for found in parts]
+        read = [SampleTable.of(read_split(found, names, inspector)) for found in parts]
     finally:
         coco.load.cache_clear()
     where = f"{data.file}, '{split}'"
@@ -182,24 +186,23 @@ def _names(data: DataYaml, split: str, parts: list[Found]) -> list[str]:
     return expected
 
 
-def _as_one(parts: list[list[Sample]], where: str) -> list[Sample]:
+def _as_one(parts: list[SampleTable], where: str) -> SampleTable:
     """Samples of several paths, one after the other; ids are counted anew from 1 where two paths use the same ones."""
-    samples = [s for part in parts for s in part]
+    samples = SampleTable.join(parts)
     if len(parts) == 1:
         return samples
-    if len({s.image_id for s in samples}) < len(samples):
-        samples = [replace(s, image_id=i) for i, s in enumerate(samples, 1)]
+    if len(np.unique(samples.ids)) < len(samples):
+        samples = samples.renumbered()
     part_of: dict[Path, int] = {}
     for number, part in enumerate(parts):
-        for s in part:
-            if part_of.setdefault(s.path, number) != number:
-                raise UserError(f"{where}: two of its paths hold the image {s.path}; list every image once.")
+        for i in range(len(part)):
+            path = part.file(i)[0]
+            if part_of.setdefault(path, number) != number:
+                raise UserError(f"{where}: two of its paths hold the image {path}; list every image once.")
     return samples
 
 
-def _refuse_empty(
-    read: list[list[Sample]], split: str, parts: list[Found], where: str, problems: list[Problem]
-) -> None:
+def _refuse_empty(read: list[SampleTable], split: str, parts: list[Found], where: str, problems: list[Problem]) -> None:
     for samples, found in zip(read, parts, strict=True):
         if not samples:
             first = f" The first of {len(problems)} problems: {problems[0]}." if problems else ""
@@ -207,7 +210,7 @@ def _refuse_empty(
                 f"{where}: no usable image in {found.annotations or found.images}; "
                 f"point '{split}' at data, or remove the line.{first}"
             )
-    if split != "unlabeled" and not any((~s.crowd).any() for samples in read for s in samples):
+    if split != "unlabeled" and not any((~samples.objects()[2]).any() for samples in read):
         places = " and ".join(str(found.annotations or found.images) for found in parts)
         raise UserError(
             f"{where}: {sum(map(len, read))} images but not one box in {places}; "

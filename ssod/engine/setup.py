@@ -3,13 +3,14 @@ before the first step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssod.config import TrainConfig, find_yaml, validate
 from ssod.data.image import ImageError, image_size
 from ssod.data.listing import find_images
-from ssod.data.samples import Dataset, Sample
+from ssod.data.samples import Dataset, Sample, SampleTable
 from ssod.data.shapes import shapes_yaml
 from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
@@ -25,9 +26,9 @@ from ssod.strategies.base import Plan, Strategy
 class TrainData:
     """labeled, unlabeled: what the two streams draw from; val: what validation looks at; notes: lines for the user."""
 
-    labeled: list[Sample]
-    unlabeled: list[Sample]
-    val: list[Sample]
+    labeled: Sequence[Sample]
+    unlabeled: Sequence[Sample]
+    val: Sequence[Sample]
     names: list[str]
     notes: list[str]
 
@@ -54,29 +55,30 @@ def build_data(config: TrainConfig) -> TrainData:
     if train.names != val.names:
         raise UserError(f"train and val name other classes: {train.names} and {val.names}. Name them in the data YAML.")
     chosen, rest = choose_labeled(train.samples, config.labeled, config.seed, len(train.names))
-    labeled = [train.samples[i] for i in chosen]
-    unlabeled: list[Sample] = []
+    labeled = train.samples.select(chosen)
+    unlabeled: Sequence[Sample] = []
     notes = [train.summary(), val.summary()]
     if uses_unlabeled:
-        unlabeled = _unlabeled(config, [train.samples[i] for i in rest])
+        unlabeled = _unlabeled(config, train.samples.select(rest))
     used = max(1, round(len(val.samples) * config.val_fraction))
-    boxes = sum(len(s.boxes) for s in labeled)
+    boxes = len(labeled.objects()[0])
     notes.append(
         f"{len(labeled)} labelled images with {boxes} boxes, {len(unlabeled)} unlabelled, {used} for validation"
     )
     return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
 
 
-def _unlabeled(config: TrainConfig, rest: list[Sample]) -> list[Sample]:
+def _unlabeled(config: TrainConfig, rest: SampleTable) -> SampleTable:
     """Images without their annotations: whatever lies beside them is never looked at."""
-    out = [Sample.unlabeled(s.path, s.image_id, s.width, s.height) for s in rest]
+    out = rest.without_labels()
     if config.unlabeled == "none":
-        out = []
+        out = out[:0]
     elif config.unlabeled == "auto":
         if "unlabeled" in read_data_yaml(data_yaml(config.data), config.data_path).splits:
-            out += load_split(config.data, "unlabeled", config.data_path, config.strict).samples
+            more = load_split(config.data, "unlabeled", config.data_path, config.strict).samples
+            out = SampleTable.join([out, more])
     elif config.unlabeled != "rest":
-        out = _folder(config.unlabeled)
+        out = SampleTable.of(_folder(config.unlabeled))
     if not out:
         raise UserError(
             f"strategy={config.strategy.name} finds no unlabelled image (labeled={config.labeled}, "
