@@ -119,7 +119,7 @@ class FCOS(PyramidDetector):
                 output.quality.flatten()[fg].float(), centerness(distances(boxes, centers(anchors))), reduction="none"
             )
             focal = focal_loss(
-                output.logits.flatten(0, 1).float(),
+                output.logits.flatten(0, 1),
                 candidates.labels,
                 weights.cls,
                 self.options.focal_alpha,

@@ -104,7 +104,7 @@ class RetinaNet(PyramidDetector):
             box = self.codec.loss(codes, candidates.boxes[fg], boxes, box_weight[fg])
             return {
                 "cls": focal_loss(
-                    output.logits.flatten(0, 1).float(),
+                    output.logits.flatten(0, 1),
                     candidates.labels,
                     cls_weight,
                     self.options.focal_alpha,

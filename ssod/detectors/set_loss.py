@@ -83,7 +83,7 @@ class SetLoss:
 
         # Proposals are objects or not: the first of their logits says so.
         classes = labels if stage != "encoder" else torch.zeros_like(labels).where(target >= 0, self.num_classes)
-        focal = focal_loss(logits.flatten(0, 2).float(), classes, weights.cls, self.alpha)
+        focal = focal_loss(logits.flatten(0, 2), classes, weights.cls, self.alpha)
 
         fg = (target >= 0).nonzero().squeeze(1)  # [F]
         own = image[fg], target[fg]

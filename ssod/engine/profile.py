@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,6 @@ from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import Instances
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 BOXES = 7  # per image, as in COCO
 STEPS = 3  # timed, after one to warm up
@@ -158,20 +152,19 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    status = Path("/proc/self/statm")
-    if resource is not None and status.is_file():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return _peak(device)
+    return _process("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
     """Most bytes that were ever in use."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process("VmHWM")
+
+
+def _process(key: str) -> int:
+    """Bytes of a line in the system's account of this process; 0 where there is none (outside of Linux)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PIECE = 65_536  # logits handled at once on a CPU: a few tensors of 256 kB stay in its cache
 
 
 def focal_loss(
     logits: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Sigmoid focal loss (Lin et al., 2017, Eq. 5), summed over candidates and classes.
+    """Sigmoid focal loss (Lin et al., 2017, Eq. 5), summed over candidates and classes: float32.
 
-    logits  [M, K]
+    logits  [M, K] of any float type
     labels  int64 [M]  class, K = background, negative = ignored
-    weight  [M] or None = 1, multiplies every class of a candidate
+    weight  [M] or None = 1, multiplies every class of a candidate; gets no gradient
 
     All logits are taken as negatives first and the few positives are then put right: with one-hot targets this is the
     same sum, without a one-hot tensor and with half the work on [M, K].
     """
     num_classes = logits.shape[1]
-    as_negative = (1 - alpha) * logits.sigmoid().pow(gamma) * F.softplus(logits)  # [M, K]
     if weight is None:
-        weight = logits.new_ones(()).expand(logits.shape[0])
-    weight = weight.where(labels >= 0, 0.0)
-    total = (as_negative.sum(dim=1) * weight).sum()
+        weight = torch.ones(len(labels), device=logits.device)
+    weight = weight.detach().float().where(labels >= 0, 0.0)
+    total: Tensor = _NegativeFocal.apply(logits, weight * (1 - alpha), gamma)
 
     row = ((labels >= 0) & (labels < num_classes)).nonzero().squeeze(1)
-    chosen = logits[row, labels[row]]
+    chosen = logits[row, labels[row]].float()
+    as_negative = (1 - alpha) * chosen.sigmoid().pow(gamma) * F.softplus(chosen)
     as_positive = alpha * (-chosen).sigmoid().pow(gamma) * F.softplus(-chosen)
-    return total + ((as_positive - as_negative[row, labels[row]]) * weight[row]).sum()
+    return total + ((as_positive - as_negative) * weight[row]).sum()
+
+
+class _NegativeFocal(torch.autograd.Function):
+    """sum_ij weight[i] * p^gamma * softplus(x), p = sigmoid(x), with its gradient taken in the same pass.
+
+    d/dx p^gamma softplus(x) = p^gamma (gamma (1 - p) softplus(x) + p). Step by step over all candidates this is a dozen
+    passes over the largest tensor of the loss; in pieces that stay in the cache it is one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, gamma: float) -> Tensor:
+        # float16 would lose small gradients before the scaler has multiplied them
+        kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        grad = torch.empty_like(logits, dtype=kept) if logits.requires_grad else None
+        total = torch.zeros((), device=logits.device)
+        rows = len(logits) if logits.is_cuda else max(1, PIECE // max(1, logits.shape[1]))
+        for start in range(0, len(logits), max(1, rows)):
+            piece = slice(start, start + rows)
+            x, w = logits[piece].float(), weight[piece, None]
+            p, surprise = x.sigmoid(), F.softplus(x)
+            easy = (p * p if gamma == 2 else p.pow(gamma)).mul_(w)
+            total += torch.dot(easy.flatten(), surprise.flatten())
+            if grad is not None:
+                grad[piece] = surprise.mul_(1 - p).mul_(gamma).add_(p).mul_(easy)
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grads[0]).to(ctx.dtype), None, None
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -96,8 +96,6 @@ def memory_in_fresh_process(name: str, who: str, mode: str, args: argparse.Names
 
 def peak_memory(name: str, who: str, mode: str, args: argparse.Namespace) -> int:
     """Bytes at the peak of three steps: weights, gradients, activations."""
-    import resource
-
     if name == "deformable_detr" and who == "theirs":
         import transformers.models.deformable_detr.modeling_deformable_detr  # noqa: F401  imports are not the model's
     if args.device == "cuda":
@@ -105,11 +103,17 @@ def peak_memory(name: str, who: str, mode: str, args: argparse.Namespace) -> int
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = status("VmRSS")
     step = make_step(name, who, mode, args.size, args.batch, args.device)
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return status("VmHWM") - before
+
+
+def status(key: str) -> int:
+    """Bytes of a line of /proc/self/status. (`ru_maxrss` would begin with the memory of the parent process.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 if __name__ == "__main__":

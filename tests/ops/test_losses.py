@@ -26,6 +26,25 @@ def test_focal_equals_torchvision_with_weights_and_gradient():
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
 
 
+@pytest.mark.parametrize(
+    ("rows", "gamma", "dtype"), [(30_000, 2.0, None), (7, 1.5, None), (30_000, 2.0, torch.bfloat16)]
+)
+def test_focal_in_pieces_equals_the_formula(rows, gamma, dtype):
+    torch.manual_seed(1)
+    logits = (torch.randn(rows, 5) * 3).to(dtype or torch.float32).requires_grad_()  # 30,000 rows are three pieces
+    labels, weight = torch.randint(-1, 6, (rows,)), torch.rand(rows)
+    x, t = logits.float(), F.one_hot(labels.clamp(min=0), 6)[:, :5].float()
+    p = x.sigmoid()
+    wrong = torch.where(t == 1, 1 - p, p)
+    every = torch.where(t == 1, 0.3, 0.7) * wrong**gamma * F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    direct = (every * (weight * (labels >= 0))[:, None]).sum() / 3
+    ours = focal_loss(logits, labels, weight, alpha=0.3, gamma=gamma) / 3
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, direct)
+    mine, plain = (torch.autograd.grad(loss, logits)[0].float() for loss in (ours, direct))
+    torch.testing.assert_close(mine, plain, **({"rtol": 0.02, "atol": 1e-3} if dtype else {}))
+
+
 def test_focal_is_finite_for_extreme_logits():
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
     for label in (0, 1, 2):
