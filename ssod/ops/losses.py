@@ -20,31 +20,30 @@ def focal_loss(
     labels  int64 [M]  class, K = background, negative = ignored
     weight  [M] or None = 1, multiplies every class of a candidate; gets no gradient
 
-    All logits are taken as negatives first and the few positives are then put right: with one-hot targets this is the
-    same sum, without a one-hot tensor and with half the work on [M, K].
+    The few positives are taken apart from the many negatives: the same sum as with one-hot targets, without a one-hot
+    tensor and with half the work on [M, K].
     """
     num_classes = logits.shape[1]
     if weight is None:
         weight = torch.ones(len(labels), device=logits.device)
     weight = weight.detach().float().where(labels >= 0, 0.0)
-    total: Tensor = _NegativeFocal.apply(logits, weight * (1 - alpha), gamma)
-
     row = ((labels >= 0) & (labels < num_classes)).nonzero().squeeze(1)
+    negatives: Tensor = _NegativeFocal.apply(logits, weight * (1 - alpha), gamma, row, labels[row])
     chosen = logits[row, labels[row]].float()
-    as_negative = (1 - alpha) * chosen.sigmoid().pow(gamma) * F.softplus(chosen)
-    as_positive = alpha * (-chosen).sigmoid().pow(gamma) * F.softplus(-chosen)
-    return total + ((as_positive - as_negative) * weight[row]).sum()
+    positives = alpha * (-chosen).sigmoid().pow(gamma) * F.softplus(-chosen)
+    return negatives + (positives * weight[row]).sum()
 
 
 class _NegativeFocal(torch.autograd.Function):
-    """sum_ij weight[i] * p^gamma * softplus(x), p = sigmoid(x), with its gradient taken in the same pass.
+    """sum_ij weight[i] * p^gamma * softplus(x), p = sigmoid(x), but for the given places (row, column); with its
+    gradient taken in the same pass.
 
     d/dx p^gamma softplus(x) = p^gamma (gamma (1 - p) softplus(x) + p). Step by step over all candidates this is a dozen
     passes over the largest tensor of the loss; in pieces that stay in the cache it is one.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weight: Tensor, gamma: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, gamma: float, row: Tensor, column: Tensor) -> Tensor:
         # float16 would lose small gradients before the scaler has multiplied them
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         grad = torch.empty_like(logits, dtype=kept) if logits.requires_grad else None
@@ -58,14 +57,18 @@ class _NegativeFocal(torch.autograd.Function):
             total += torch.dot(easy.flatten(), surprise.flatten())
             if grad is not None:
                 grad[piece] = surprise.mul_(1 - p).mul_(gamma).add_(p).mul_(easy)
+        x = logits[row, column].float()
+        total -= torch.dot(x.sigmoid().pow(gamma) * weight[row], F.softplus(x))
+        if grad is not None:
+            grad[row, column] = 0
         ctx.save_for_backward(grad)
         ctx.dtype = logits.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grads[0]).to(ctx.dtype), None, None
+        return (grad * grads[0]).to(ctx.dtype), None, None, None, None
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
