@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -52,13 +53,16 @@ class ImageError(UserError):
         return ImageError, (self.path, self.reason)
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, stream: BinaryIO | None = None
+) -> np.ndarray:
     """Decode an image file into uint8 [H, W, 3], RGB, upright (EXIF orientation applied), C-contiguous.
 
     Raises ImageError when the file is missing, truncated, corrupt, of an unsupported kind, or when its header
     announces more than `max_pixels` pixels; that is decided before any pixel is decoded.
+    With `stream` its bytes are decoded, and `path` only says which image they are of.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels, stream) as image:
         orientation = _orientation(image)
         pixels = _decode_jpeg_fast(image)
         if pixels is None:
@@ -69,12 +73,14 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> np
     return np.ascontiguousarray(_upright(pixels, orientation))
 
 
-def image_size(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, stream: BinaryIO | None = None
+) -> tuple[int, int]:
     """(width, height) in pixels after EXIF rotation, from the header alone; raises ImageError like `read_image`.
 
     A file whose header is sound but whose pixels are cut off passes here and fails in `read_image`.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels, stream) as image:
         width, height = image.size
         if image.format == "TIFF":  # for these, what `size` means under a rotation depends on Pillow's version
             width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
@@ -83,10 +89,10 @@ def image_size(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tu
     return width, height
 
 
-def image_traits(path: str | os.PathLike[str]) -> list[str]:
+def image_traits(path: str | os.PathLike[str], stream: BinaryIO | None = None) -> list[str]:
     """What is out of the ordinary about an image file, from its header: any of "EXIF rotation", "gray", "16-bit",
     "CMYK", "palette", "transparency", "several frames". Raises ImageError like `read_image`."""
-    with _opened(path, MAX_PIXELS) as image:
+    with _opened(path, MAX_PIXELS, stream) as image:
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
         told = {
             "EXIF rotation": _orientation(image) != 1,
@@ -101,10 +107,10 @@ def image_traits(path: str | os.PathLike[str]) -> list[str]:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: str | os.PathLike[str], max_pixels: int, stream: BinaryIO | None = None) -> Iterator[Image.Image]:
     """A Pillow image with only its header read, size checked; every failure inside becomes an ImageError."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path if stream is None else stream, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(path, f"its header says {width}x{height} pixels, more than the limit of {max_pixels}")
@@ -114,7 +120,7 @@ def _opened(path: str | os.PathLike[str], max_pixels: int) -> Iterator[Image.Ima
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"its header says more pixels than the limit of {max_pixels}") from error
     except Image.UnidentifiedImageError as error:
-        empty = os.path.getsize(path) == 0
+        empty = (os.path.getsize(path) if stream is None else stream.seek(0, os.SEEK_END)) == 0
         reason = "the file is empty" if empty else "not an image, or of an unsupported kind"
         raise ImageError(path, reason) from error
     except OSError as error:

@@ -17,12 +17,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import parcel, stack, targets_in
+from ssod.data.cache import open_cache
 from ssod.data.geometry import cv2, laid_out
 from ssod.data.image import ImageError
 from ssod.data.mixing import Mixing, Source
 from ssod.data.operations import Frame, Rng
-from ssod.data.reader import ImageCache, Reader
-from ssod.data.samples import Sample
+from ssod.data.reader import Reader
+from ssod.data.samples import Sample, SampleTable
 from ssod.data.streams import Stream, generator
 from ssod.data.transforms import Chain, Views
 from ssod.errors import Fault, UserError
@@ -186,7 +187,7 @@ def build_loader(
     workers: int,
     rank: int = 0,
     world: int = 1,
-    cache: bool = False,
+    cache: bool | str = False,
     pin: bool = False,
     timeout: float = 120,
     rect: bool = True,
@@ -198,7 +199,7 @@ def build_loader(
     labeled_view            the views of labelled images; with V views the labelled batch holds V * batch images,
                             all of the first view, then all of the second
     weak, strong            one view each; a view that begins with "weak" shares the draw of `weak`
-    cache                   keep decoded images in shared memory, see `reader.ImageCache`
+    cache                   keep decoded images: "ram" (or True) or "disk", see `ssod.data.cache`
     timeout                 seconds without a batch after which workers count as hung
     rect                    pad to the largest height and width in the batch; else to one fixed square
     pad_to                  padded sides are multiples of this, the largest stride of the detector
@@ -213,12 +214,13 @@ def build_loader(
     views = stream_views(labeled_view, weak, strong)
 
     def maker(samples: Sequence[Sample], number: int, size: int, mixing: Sequence[Mixing]) -> ViewMaker:
-        reader = Reader(samples, views.longest, ImageCache(samples, views.longest) if cache else None)
+        table = SampleTable.of(samples)
+        reader = Reader(table, views.longest, open_cache(cache, table, views.longest))
         return ViewMaker(reader, Stream(len(samples), seed, size, rank, world), number, views.weak, mixing)
 
     dataset = StepDataset(
         maker(labeled, 0, batch, views.labeled_mixing),
-        labeled,
+        SampleTable.of(labeled),
         labeled_view.chains,
         maker(unlabeled, 1, batch_unlabeled, views.weak.mixing) if batch_unlabeled else None,
         views.strong,

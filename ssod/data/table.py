@@ -171,7 +171,7 @@ class SampleTable(Sequence[Sample]):
         c, row = self.columns, int(self.order[index])
         path, place = self.file(index)
         first, last = (int(c.box_ends[row - 1]) if row else 0), int(c.box_ends[row])
-        width, height = c.sizes[row].tolist()
+        width, height = self.size(index)
         return Sample(
             path,
             int(c.ids[row]),
@@ -194,6 +194,11 @@ class SampleTable(Sequence[Sample]):
         text = c.paths[int(c.path_ends[row - 1]) if row else 0 : int(c.path_ends[row])].tobytes()
         tar, first, size = c.places[row].tolist()
         return Path(os.fsdecode(text)), (Path(os.fsdecode(text[:tar])), first, size) if tar else None
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of a sample."""
+        width, height = self.columns.sizes[self.order[index]].tolist()
+        return width, height
 
     def select(self, indices: Sequence[int] | np.ndarray) -> SampleTable:
         """The samples at these positions, in this order."""

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import ssod.data.cache as cache_module
 import ssod.data.loader as loader_module
 import ssod.data.reader as reader_module
 from ssod.data import batching, geometry, pixels
@@ -180,9 +181,13 @@ def test_another_seed_is_another_run(samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_changes_no_pixel(samples: list[Sample], workers: int) -> None:
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_changes_no_pixel(
+    samples: list[Sample], kind: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSOD_CACHE", str(tmp_path))
     options: dict[str, Any] = {"imgsz": 48, "strong": "strong_geo", "steps": 10, "workers": workers}
-    plain, cached = (list(make(samples[:3], samples, cache=cache, **options)) for cache in (False, True))
+    plain, cached = (list(make(samples[:3], samples, cache=cache, **options)) for cache in (False, kind))
     for a, b in zip(plain, cached, strict=True):
         assert_same(a, b)
 
@@ -190,14 +195,14 @@ def test_a_cache_changes_no_pixel(samples: list[Sample], workers: int) -> None:
 def test_a_cache_reads_each_file_once(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[Path] = Counter()
     real = reader_module.read_image
-    monkeypatch.setattr(reader_module, "read_image", lambda path: (reads.update([path]), real(path))[1])
+    monkeypatch.setattr(reader_module, "read_image", lambda path, stream: (reads.update([path]), real(path))[1])
     list(make(samples, [], batch_unlabeled=0, batch=7, steps=4, cache=True))
     assert set(reads.values()) == {1}
 
 
 def test_a_cache_too_large_is_refused(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_free_shared_memory", lambda: 10_000)
-    with pytest.raises(UserError, match="set cache=False"):
+    monkeypatch.setattr(cache_module, "_free_shared_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="cache=False or a smaller imgsz"):
         make(samples, samples, cache=True)
 
 
@@ -320,7 +325,7 @@ def test_nothing_readable_is_an_error_for_the_user(samples: list[Sample], tmp_pa
 
 
 def test_a_hung_worker_is_named(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "read_image", lambda path: time.sleep(60))
+    monkeypatch.setattr(reader_module, "read_image", lambda path, stream: time.sleep(60))
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # patience before it is ended
     began = time.monotonic()
     with pytest.raises(LoaderError, match="within 1 s"):
@@ -329,7 +334,7 @@ def test_a_hung_worker_is_named(samples: list[Sample], monkeypatch: pytest.Monke
 
 
 def test_a_killed_worker_is_named(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(reader_module, "read_image", lambda path, stream: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LoaderError, match="worker died"):
         list(make(samples, samples, workers=1))
 
