@@ -5,11 +5,21 @@ As ssod.config, this imports no torch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Pipeline = str | list[Any]
+
+
+def _image_size(value: int | list[int]) -> int | list[int]:
+    sides = [value] if isinstance(value, int) else value
+    if len(sides) not in (1, 2) or min(sides) < 32 or sides != sorted(sides):
+        raise ValueError(f"imgsz={value}: give a long side of at least 32 pixels, or [short, long] such as [800, 1333]")
+    return value
+
+
+ImageSize = Annotated[int | list[int], AfterValidator(_image_size)]
 
 
 class Section(BaseModel):
@@ -57,7 +67,7 @@ class Inference(Section):
 
     device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
     workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
-    imgsz: int = Field(640, ge=32, description="long side of the image, pixels")
+    imgsz: ImageSize = Field(640, description="long side of the image, pixels; or [short, long], both at most")
     conf: float = Field(0.05, ge=0, le=1, description="lowest score of a detection")
     iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold")
     max_det: int = Field(100, ge=1, description="most detections of one image")

@@ -156,8 +156,12 @@ def _look_at_images(report: SplitReport, decode: bool) -> list[tuple[Path, Finge
 
     def look(sample: Sample) -> tuple[Fingerprint, list[str]] | ImageError:
         try:
-            pixels = read_image(sample.path) if decode else np.frombuffer(_read_bytes(sample.path), np.uint8)
-            return fingerprint(pixels, looks=decode), image_traits(sample.path)
+            stream = sample.stream()
+            if decode:
+                pixels = read_image(sample.path, stream=stream)
+            else:
+                pixels = np.frombuffer(stream.getvalue() if stream else _read_bytes(sample.path), np.uint8)
+            return fingerprint(pixels, looks=decode), image_traits(sample.path, stream)
         except ImageError as error:
             return error
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import objects_of, parcel, round_up, stack, targets_in
-from ssod.data.geometry import fitted, resize
+from ssod.data.geometry import Size, fitted, resize, sides
 from ssod.data.image import ImageError
 from ssod.data.loader import Bad, as_is, named_failures, worker_options
 from ssod.data.operations import Frame
@@ -21,9 +21,10 @@ from ssod.structures import View
 class EvalLoader:
     """Yields a View per batch; `View.indices` say which samples it holds, `View.matrices` lead back to them.
 
-    Images are resized to a long side of `imgsz` and padded to multiples of `pad_to`. A batch holds only images
-    of one padded size, so no image is padded more for its neighbours' sake and its result never depends on
-    them. The order is that of the samples within each size. Targets are the samples' boxes, crowds left out.
+    Images are resized to a long side of `imgsz`, or to within (short, long), and padded to multiples of `pad_to`.
+    A batch holds only images of one padded size, so no image is padded more for its neighbours' sake and its result
+    never depends on them. The order is that of the samples within each size. Targets are the samples' boxes, crowds
+    left out.
 
     bad  (path, reason) of the images that could not be read so far; they are in no batch
     Iterating raises LoaderError when a worker dies or gives nothing for `timeout` seconds.
@@ -32,7 +33,7 @@ class EvalLoader:
     def __init__(
         self,
         samples: Sequence[Sample],
-        imgsz: int,
+        imgsz: Size,
         batch: int,
         workers: int = 0,
         pin: bool = False,
@@ -55,12 +56,12 @@ class EvalLoader:
             yield from views
 
 
-def _plan(samples: Sequence[Sample], imgsz: int, batch: int, pad_to: int) -> list[list[int]]:
+def _plan(samples: Sequence[Sample], imgsz: Size, batch: int, pad_to: int) -> list[list[int]]:
     """Indices of each batch: by padded size as the samples announce it, in order of their last member."""
     waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
     plan = []
     for index, sample in enumerate(samples):
-        h, w = (round_up(side, pad_to) for side in fitted(sample.height, sample.width, imgsz))
+        h, w = (round_up(side, pad_to) for side in fitted(sample.height, sample.width, *sides(imgsz)))
         waiting[h, w].append(index)
         if len(waiting[h, w]) == batch:
             plan.append(waiting.pop((h, w)))
@@ -70,7 +71,7 @@ def _plan(samples: Sequence[Sample], imgsz: int, batch: int, pad_to: int) -> lis
 class _EvalDataset(Dataset[tuple[list[View], Bad]]):
     """Item i is planned batch i: a View per padded size found, one unless a file differs from its record."""
 
-    def __init__(self, samples: Sequence[Sample], imgsz: int, pad_to: int, plan: list[list[int]]) -> None:
+    def __init__(self, samples: Sequence[Sample], imgsz: Size, pad_to: int, plan: list[list[int]]) -> None:
         self.samples, self.imgsz, self.pad_to, self.plan = samples, imgsz, pad_to, plan
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class _EvalDataset(Dataset[tuple[list[View], Bad]]):
             except ImageError as error:
                 bad.append((str(error.path), error.reason))
                 continue
-            read.append((index, frame.moved(*resize(frame.image, self.imgsz))))
+            read.append((index, frame.moved(*resize(frame.image, *sides(self.imgsz)))))
         groups = groupby(sorted(read, key=self._padded), key=self._padded)
         return [parcel(self._view(list(group))) for _, group in groups], bad
 

@@ -34,6 +34,7 @@ class Finding:
 # How bad every kind of problem is, and what to do about it.
 _PROBLEMS = {
     kinds.IMAGE_UNREADABLE: ("error", "fetch these files again, or take them out of the data"),
+    kinds.SHARD_DAMAGED: ("error", "fetch these tars again; of their images only those before the damage are used"),
     kinds.IMAGE_MISSING: ("error", "put the files where the annotations say, or remove their records"),
     kinds.ANNOTATION_MISSING: ("warning", "annotate these images, or list them as 'unlabeled'"),
     kinds.BOX_DROPPED: ("warning", "draw these boxes again or delete them; they are left out"),

@@ -7,6 +7,7 @@ YOLO    images/train (or train/images); the labels are found in labels/train (tr
 list    train.txt, one image path a line, relative to the list or to `path`; labels as for YOLO
 glob    images/*/cam1_*.jpg; labels as for YOLO
 images  any folder, list or glob, for the split `unlabeled` only
+tars    pool-{000000..000127}.tar, a .tar, a glob or folder of such, for the split `unlabeled` only
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssod.data import coco, voc, yolo
-from ssod.data.found import Found
+from ssod.data import coco, shards, voc, yolo
+from ssod.data.found import Found, walk_images
 from ssod.data.listing import is_glob
 from ssod.data.samples import Inspector, Sample
 from ssod.errors import UserError
@@ -44,6 +45,10 @@ def find_split(root: Path, value: str, split: str, where: str, remedy: str) -> F
         return _voc(target, root, split, where) if _in_image_sets(target) else _listed(target, root, split)
     if target.is_dir():
         return _folder(target, root, split, where)
+    if shards.is_tar(target.name) and shards.find_tars(target):
+        if split != "unlabeled":
+            raise UserError(f"{where}: {target} may serve as 'unlabeled' only: labels in tars are not read; unpack it.")
+        return Found("tars", root, split, target, None)
     if is_glob(value):
         kind = "glob" if split == "unlabeled" else "YOLO glob"
         return Found(kind, root, split, target, None)
@@ -72,6 +77,8 @@ def read_split(found: Found, names: list[str], inspector: Inspector) -> Sequence
         return coco.read(found, inspector)
     if found.format == "VOC":
         return voc.read(found, names, inspector)
+    if found.format == "tars":
+        return shards.read(found, inspector)
     if found.format.startswith("YOLO"):
         return yolo.read(found, names, inspector)
     return yolo.read_plain(found, inspector)
@@ -107,8 +114,12 @@ def _folder(folder: Path, root: Path, split: str, where: str) -> Found:
     labels = yolo.label_folder(folder, root) if split != "unlabeled" else None
     if labels is not None:
         fits.append(Found("YOLO", root, split, folder, labels))
+    if split == "unlabeled" and shards.find_tars(folder):
+        if next(walk_images(folder), None) is not None:
+            raise UserError(f"{where}: {folder} holds tars and images; point '{split}' at the one or the other.")
+        fits.append(Found("tars", root, split, folder, None))
     if len(fits) > 1:
-        both = " and ".join(f"{f.format} ({f.annotations})" for f in fits)
+        both = " and ".join(f"{f.format} ({f.annotations or f.images})" for f in fits)
         raise UserError(
             f"{where}: {folder} may be {both}; point '{split}' at the file that counts, or remove the other."
         )

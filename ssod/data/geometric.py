@@ -11,22 +11,27 @@ from ssod.data.operations import Frame, Operation, Range, Rng
 
 @dataclass(frozen=True)
 class Resize(Operation):
-    """Keep-ratio resize to a long side of `imgsz` pixels times a factor drawn from `scale`."""
+    """Keep-ratio resize to a long side of `imgsz` pixels times a factor drawn from `scale`.
+
+    short  where it is not 0, the short side is at most this, times the same factor (`imgsz=[short, long]`)
+    """
 
     name: ClassVar[str] = "resize"
     scale: Range = (1.0, 1.0)
     imgsz: int = 640
+    short: int = 0
 
     @classmethod
     def limits(cls) -> dict[str, Range]:
-        return {"scale": (0.05, 8.0), "imgsz": (16, 16384)}
+        return {"scale": (0.05, 8.0), "imgsz": (16, 16384), "short": (0, 16384)}
 
     @property
     def longest(self) -> int:
         return round(self.imgsz * self.scale[1])
 
     def __call__(self, frame: Frame, rng: Rng) -> Frame:
-        return frame.moved(*geometry.resize(frame.image, round(self.imgsz * rng.uniform(*self.scale))))
+        factor = rng.uniform(*self.scale)
+        return frame.moved(*geometry.resize(frame.image, round(self.imgsz * factor), round(self.short * factor)))
 
 
 @dataclass(frozen=True)

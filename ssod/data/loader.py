@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import parcel, stack, targets_in
 from ssod.data.cache import open_cache
-from ssod.data.geometry import cv2, laid_out
+from ssod.data.geometry import Size, cv2, laid_out
 from ssod.data.image import ImageError
 from ssod.data.mixing import Mixing, Source
 from ssod.data.operations import Frame, Rng
@@ -177,7 +177,7 @@ def build_loader(
     *,
     batch: int,
     batch_unlabeled: int,
-    imgsz: int,
+    imgsz: Size,
     labeled_view: Views,
     weak: Views,
     strong: Views,

@@ -43,7 +43,7 @@ class Reader:
         cached = frame is not None
         if frame is None:
             path, place = self.images.file(index)
-            frame = read_frame(path, read_place(*place) if place else None)
+            frame = read_frame(path, read_place(path, *place) if place else None)
         if self.labeled[index]:
             self._check_size(index, frame)
         if max(frame.image.shape[1:]) > self.limit:

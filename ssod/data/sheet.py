@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssod.data.batching import targets_in
 from ssod.data.draw import draw_boxes, fit, sheet
-from ssod.data.geometry import to_hwc
+from ssod.data.geometry import Size, to_hwc
 from ssod.data.image import ImageError, read_image
 from ssod.data.loader import SAME, Bad, ViewMaker, stream_views
 from ssod.data.operations import Frame
@@ -77,7 +77,7 @@ class ThreeViews(NamedTuple):
     strong: Views
 
 
-def read_views(specs: Specs, imgsz: int | None) -> ThreeViews:
+def read_views(specs: Specs, imgsz: Size | None) -> ThreeViews:
     """The views that a run with these specs makes at a long side of `imgsz` pixels, by default that of training."""
     side = imgsz or DEFAULT_IMGSZ
     return ThreeViews(

@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+from ssod.data.image import ImageError
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -69,8 +71,11 @@ class Sample:
         return Sample(path, image_id, width, height, *no_objects(), labeled=False, place=place)
 
     def stream(self) -> BytesIO | None:
-        """The bytes of an image in a tar, to be decoded in place of a file; None for a file of its own."""
-        return None if self.place is None else read_place(*self.place)
+        """The bytes of an image in a tar, to be decoded in place of a file; None for a file of its own.
+
+        Raises ImageError where the tar does not hold them.
+        """
+        return None if self.place is None else read_place(self.path, *self.place)
 
 
 def no_objects() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,14 +83,18 @@ def no_objects() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_)
 
 
-def read_place(file: Path, first: int, size: int) -> BytesIO:
-    """`size` bytes of a file from byte `first` on; fewer where the file ends, and none where it cannot be opened."""
+def read_place(path: Path, tar: Path, first: int, size: int) -> BytesIO:
+    """The `size` bytes of an image from byte `first` of a tar on; `path` names it in the ImageError that is raised where
+    they are not there."""
     try:
-        with open(file, "rb", buffering=0) as tar:
-            tar.seek(first)
-            return BytesIO(tar.read(size))
-    except OSError:  # what is missing is said by the decoder, which is given nothing to decode
-        return BytesIO()
+        with open(tar, "rb", buffering=0) as file:
+            file.seek(first)
+            data = file.read(size)
+    except OSError as error:
+        raise ImageError(path, f"{tar}: {error.strerror}") from error
+    if len(data) < size:
+        raise ImageError(path, f"{tar} ends within it")
+    return BytesIO(data)
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from ssod.data.geometric import Affine, Crop, Flip, OneAffine, Resize, Window
+from ssod.data.geometry import Size, sides
 from ssod.data.mixing import Mixing, MixUp, Mosaic
 from ssod.data.operations import Frame, Operation, Ranged, Rng
 from ssod.data.photometric import Blur, Color, Cutout, Erase, OneColor
@@ -69,10 +70,10 @@ class Views:
         return Chain(self.preset.operations + chain.operations, mixing=chain.mixing) if chain.from_weak else chain
 
 
-def pipeline(spec: Spec, imgsz: int, role: Role = "strong") -> Views:
+def pipeline(spec: Spec, imgsz: Size, role: Role = "strong") -> Views:
     """Read a name, a list of names (several views) or a list of operations (one view).
 
-    imgsz  the long side in pixels that `resize` aims at
+    imgsz  the long side in pixels that `resize` aims at, or (short, long)
     role   which view this is for: a paper's name (`presets.RECIPES`) means that paper's own view of this role
 
     Raises UserError for an unknown name or parameter, for a value out of range, and for what the role cannot be.
@@ -105,7 +106,7 @@ def pipeline(spec: Spec, imgsz: int, role: Role = "strong") -> Views:
     return views
 
 
-def _chain(entries: Sequence[object], imgsz: int) -> Chain:
+def _chain(entries: Sequence[object], imgsz: Size) -> Chain:
     heads = 0
     while heads < len(entries) and _name(entries[heads]) in MIXINGS:
         heads += 1
@@ -118,7 +119,7 @@ def _chain(entries: Sequence[object], imgsz: int) -> Chain:
     return chain
 
 
-def _operations(entries: Sequence[object], imgsz: int) -> tuple[Operation, ...]:
+def _operations(entries: Sequence[object], imgsz: Size) -> tuple[Operation, ...]:
     for entry in entries:
         name = _name(entry)
         if name in MIXINGS:
@@ -137,7 +138,7 @@ def _name(entry: object) -> str:
     return str(next(iter(entry)))
 
 
-def _build(known_types: Mapping[str, type[T]], entry: object, imgsz: int) -> T:
+def _build(known_types: Mapping[str, type[T]], entry: object, imgsz: Size) -> T:
     """Read `name`, `{name: value}`, `{name: [low, high]}` or `{name: {parameter: value}}`."""
     name = _name(entry)
     given = next(iter(entry.values())) if isinstance(entry, dict) else {}
@@ -152,6 +153,8 @@ def _build(known_types: Mapping[str, type[T]], entry: object, imgsz: int) -> T:
                 f"'{name}' has no parameter '{key}'; known: {', '.join(known)}.{did_you_mean(str(key), known)}"
             )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if "imgsz" in known:
-        values.setdefault("imgsz", imgsz)
+    if "imgsz" in known and "imgsz" not in values:
+        values["imgsz"], short = sides(imgsz)
+        if "short" in known:
+            values.setdefault("short", short)
     return cls(**values)

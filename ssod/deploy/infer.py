@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ssod.data.evalset import EvalLoader
+from ssod.data.geometry import Size
 from ssod.data.samples import Sample
 from ssod.detectors.base import Detector
 from ssod.errors import UserError, did_you_mean
@@ -20,10 +21,11 @@ from ssod.structures import Instances
 class Inference:
     """How images go in and detections come out.
 
-    imgsz  long side, pixels; batch  images at once; conf  lowest score; iou  NMS threshold; max_det  per image
+    imgsz  long side, pixels, or (short, long); batch  images at once
+    conf  lowest score; iou  NMS threshold; max_det  per image
     """
 
-    imgsz: int
+    imgsz: Size
     device: torch.device
     dtype: torch.dtype | None = None
     batch: int = 8

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ssod import dist
-from ssod.config import LabelConfig
+from ssod.data.geometry import Size
 from ssod.data.image import ImageError, image_size
 from ssod.data.samples import Sample
 from ssod.deploy.infer import Inference, detect, pick_device
@@ -30,6 +30,7 @@ from ssod.deploy.label_writers import WRITERS, Counts
 from ssod.deploy.predictor import load_detector
 from ssod.detectors.base import Detector
 from ssod.errors import Fault, UserError, did_you_mean
+from ssod.modes import LabelConfig
 from ssod.nn.precision import amp_dtype, lay_out
 from ssod.structures import Instances
 
@@ -112,7 +113,7 @@ def class_thresholds(conf: float | Mapping[str, float], names: Sequence[str]) ->
     return [float(conf[name] if name in conf else conf["default"]) for name in names]
 
 
-def _settings(config: LabelConfig, names: list[str], thresholds: list[float], imgsz: int) -> dict[str, Any]:
+def _settings(config: LabelConfig, names: list[str], thresholds: list[float], imgsz: Size) -> dict[str, Any]:
     """Everything that decides what the output holds; no time and no path of this machine but the source's."""
     with open(config.model, "rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ssod.checkpoint import load_checkpoint
+from ssod.data.geometry import Size
 from ssod.data.image import ImageError, image_size
 from ssod.data.listing import find_images
 from ssod.data.samples import Sample
@@ -55,7 +56,7 @@ class Predictor:
         *,
         weights: str = "auto",
         device: str | int = "auto",
-        imgsz: int | None = None,
+        imgsz: Size | None = None,
         conf: float = 0.25,
         iou: float = 0.6,
         max_det: int = 100,

@@ -3,19 +3,28 @@ besides the optimizer's own."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from ssod.config import TrainConfig
+from ssod.modes import TrainConfig
+from ssod.nn.backbone import Backbone
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters; norms and biases (1-D) are not decayed."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """SGD or AdamW over the trainable parameters; norms and biases (1-D) are not decayed.
+
+    Each group carries its `share` of the run's learning rate: `lr_backbone` for the backbone, 1 for the rest.
+    """
+    body = {id(p) for net in module.modules() if isinstance(net, Backbone) for p in net.parameters()}
+    groups: list[dict[str, Any]] = []
+    for share, inside in ((1.0, False), (config.lr_backbone, True)):
+        chosen = [p for p in module.parameters() if p.requires_grad and (id(p) in body) == inside]
+        for decay, matrices in ((config.weight_decay, True), (0.0, False)):
+            params = [p for p in chosen if (p.ndim > 1) == matrices]
+            groups.append({"params": params, "weight_decay": decay, "share": share, "lr": config.lr0 * share})
+    groups = [g for g in groups if g["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr0, momentum=config.momentum, foreach=True)
     return torch.optim.AdamW(groups, lr=config.lr0, betas=(config.momentum, 0.999), foreach=True)
@@ -36,4 +45,4 @@ def lr_at(step: int, iters: int, config: TrainConfig) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssod.checkpoint import load_checkpoint
-from ssod.config import CheckConfig, TrainConfig, load_config
+from ssod.config import load_config
+from ssod.data.geometry import Size, sides
 from ssod.deploy.infer import pick_device
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
+from ssod.modes import CheckConfig, TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import Instances
 
@@ -62,7 +64,7 @@ def profile_model(config: CheckConfig) -> ModelReport:
     device = pick_device(config.device)
     before = _memory(device)  # everything from here on counts: weights, gradients, activations
     detector, imgsz = _detector(config)
-    size = config.imgsz or imgsz
+    size = sides(config.imgsz or imgsz)[0]
     dtype = amp_dtype("auto", device, detector)
     lay_out(detector.to(device).train(), dtype)
     spec = detector.spec
@@ -102,7 +104,7 @@ def profile_model(config: CheckConfig) -> ModelReport:
     )
 
 
-def _detector(config: CheckConfig) -> tuple[Detector, int]:
+def _detector(config: CheckConfig) -> tuple[Detector, Size]:
     """The detector and the size it is meant for."""
     assert config.model is not None
     suffix = Path(config.model).suffix

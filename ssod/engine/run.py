@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssod.checkpoint import load_last_good, sweep
-from ssod.config import TrainConfig, validate
+from ssod.config import validate
 from ssod.errors import UserError
+from ssod.modes import TrainConfig
 
 _held: dict[Path, IO[str]] = {}  # run folders this process holds
 

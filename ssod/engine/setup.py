@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssod.config import TrainConfig, find_yaml, validate
+from ssod.config import find_yaml, validate
 from ssod.data.image import ImageError, image_size
 from ssod.data.listing import find_images
-from ssod.data.samples import Dataset, Sample, SampleTable
+from ssod.data.samples import Dataset, Inspector, Sample, SampleTable
 from ssod.data.shapes import shapes_yaml
+from ssod.data.shards import find_tars, read_tars
 from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.detectors.convert import load_weights, read_weights
 from ssod.errors import UserError
+from ssod.modes import TrainConfig
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 
@@ -59,7 +61,7 @@ def build_data(config: TrainConfig) -> TrainData:
     unlabeled: Sequence[Sample] = []
     notes = [train.summary(), val.summary()]
     if uses_unlabeled:
-        unlabeled = _unlabeled(config, train.samples.select(rest))
+        unlabeled = _unlabeled(config, train.samples.select(rest), notes)
     used = max(1, round(len(val.samples) * config.val_fraction))
     boxes = len(labeled.objects()[0])
     notes.append(
@@ -68,17 +70,21 @@ def build_data(config: TrainConfig) -> TrainData:
     return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
 
 
-def _unlabeled(config: TrainConfig, rest: SampleTable) -> SampleTable:
+def _unlabeled(config: TrainConfig, rest: SampleTable, notes: list[str]) -> SampleTable:
     """Images without their annotations: whatever lies beside them is never looked at."""
     out = rest.without_labels()
     if config.unlabeled == "none":
         out = out[:0]
     elif config.unlabeled == "auto":
         if "unlabeled" in read_data_yaml(data_yaml(config.data), config.data_path).splits:
-            more = load_split(config.data, "unlabeled", config.data_path, config.strict).samples
-            out = SampleTable.join([out, more])
+            more = load_split(config.data, "unlabeled", config.data_path, config.strict)
+            out = SampleTable.join([out, more.samples])
+            notes.append(more.summary())
     elif config.unlabeled != "rest":
-        out = SampleTable.of(_folder(config.unlabeled))
+        tars = find_tars(Path(config.unlabeled).expanduser())
+        inspector = Inspector(config.strict)
+        out = read_tars(tars, inspector) if tars else SampleTable.of(_folder(config.unlabeled))
+        notes += [str(problem) for problem in inspector.problems]
     if not out:
         raise UserError(
             f"strategy={config.strategy.name} finds no unlabelled image (labeled={config.labeled}, "

@@ -13,7 +13,7 @@ import torch
 
 from ssod import __version__, dist
 from ssod.checkpoint import FORMAT, save_checkpoint
-from ssod.config import TrainConfig, to_yaml
+from ssod.config import to_yaml
 from ssod.data.device import Painter, divide
 from ssod.data.loader import StepLoader, build_loader
 from ssod.data.transforms import pipeline
@@ -26,6 +26,7 @@ from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.setup import build, build_data, check_options
 from ssod.engine.signals import SignalWatch, Stopped
 from ssod.errors import Fault, UserError
+from ssod.modes import TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
 

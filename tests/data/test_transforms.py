@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from ssod.data import geometry, pixels
 from ssod.data.geometric import Affine, Crop, Flip, OneAffine, Resize
-from ssod.data.geometry import from_hwc, to_hwc
+from ssod.data.geometry import fitted, from_hwc, to_hwc
 from ssod.data.operations import Frame
 from ssod.data.photometric import Color, Cutout, Erase
 from ssod.data.presets import VIEWS
@@ -319,3 +319,13 @@ def test_every_operation_has_a_name_and_limits() -> None:
         operation = cls()
         assert operation.name == name
         assert type(operation).limits().keys() == {f.name for f in fields(operation)}
+
+
+def test_an_image_size_of_two_sides_limits_both():
+    # 640 x 480 to a short side of 800 is 1067 x 800; a panorama of 1000 x 200 is stopped by its long side, 1333.
+    assert fitted(480, 640, 1333, 800) == (800, 1067)
+    assert fitted(200, 1000, 1333, 800) == (267, 1333)
+    assert fitted(480, 640, 640) == (480, 640)
+    frame, rng = Frame(torch.zeros(3, 48, 64, dtype=torch.uint8), np.eye(3)), np.random.default_rng(0)
+    assert pipeline("weak", [80, 133]).as_weak()(frame, rng).image.shape == (3, 80, 107)
+    assert pipeline([{"resize": {"imgsz": 32}}], [80, 133]).chains[0](frame, rng).image.shape == (3, 24, 32)

@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from ssod import dist
 from ssod.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from ssod.cli import main
-from ssod.config import LabelConfig, load_config
+from ssod.config import load_config
 from ssod.data.sources import load_data
 from ssod.deploy.label import Labeled, class_thresholds, label, label_images
 from ssod.deploy.label_plan import Plan, make_plan
@@ -34,6 +34,7 @@ from ssod.deploy.label_writers import WRITERS
 from ssod.deploy.predictor import Predictor
 from ssod.detectors import build_detector
 from ssod.errors import UserError
+from ssod.modes import LabelConfig
 
 NAMES = ["sea cat", "dog & <co>"]
 

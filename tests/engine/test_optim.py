@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ssod.config import load_config
+from ssod.detectors import build_detector
 from ssod.engine.diagnose import Starvation
 from ssod.engine.log import Averages, progress_text
-from ssod.engine.optim import build_optimizer, lr_at
+from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.nn import precision
 from ssod.nn.precision import amp_dtype, lay_out
 from ssod.report.study import table
@@ -38,6 +39,16 @@ def test_norms_and_biases_are_not_decayed_and_frozen_parameters_left_out() -> No
     assert decayed["weight_decay"] == 0.3
     assert len(plain["params"]) == 3
     assert plain["weight_decay"] == 0
+
+
+def test_the_backbone_has_a_share_of_the_learning_rate() -> None:
+    net = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 16})
+    optimizer = build_optimizer(net, load_config("train", {"lr0": 0.5, "lr_backbone": 0.1}))
+    set_lr(optimizer, 0.2)
+    lr_of = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(lr_of) == len(list(net.parameters()))
+    inside = {id(p) for p in net.backbone.parameters()}
+    assert all(lr_of[i] == pytest.approx(0.02 if i in inside else 0.2) for i in lr_of)
 
 
 def test_automatic_precision_avoids_bf16_for_depthwise_networks(monkeypatch: pytest.MonkeyPatch) -> None:

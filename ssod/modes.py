@@ -1,0 +1,223 @@
+"""What each mode takes: names, types, ranges, defaults and one line of help for every argument.
+
+As ssod.config, which reads YAMLs and words into these, this imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from ssod.sections import Augment, Component, Data, ImageSize, Inference, RunFolder, Section
+
+
+class TrainConfig(RunFolder, Inference, Data):
+    """`ssod train`"""
+
+    detector: Component = Field(
+        Component(name="fcos"), description="fcos, retinanet, faster_rcnn or deformable_detr, and its options"
+    )
+    strategy: Component = Field(Component(name="mean_teacher"), description="supervised or mean_teacher, with options")
+    backbone: str = Field(
+        "resnet50", description="any timm backbone with feature maps up to stride 32, or a plain ViT of patch 16"
+    )
+    caffe_stride: bool = Field(
+        False, description="caffe-style ResNet: a stage's stride sits in the 1x1 convolution of its first bottleneck"
+    )
+    weights: str | None = Field(
+        None,
+        description="weights to start from: a checkpoint of ssod, torchvision or transformers, a backbone's own, "
+        "or torchvision://NAME",
+    )
+    frozen_norm: bool | None = Field(
+        None,
+        description="keep the backbone's batch norm fixed; default: as in an ssod checkpoint, true with other weights, "
+        "false without",
+    )
+    freeze: int = Field(0, ge=0, description="freeze the backbone's stem and this many of its stages; 0 = train all")
+
+    labeled: str | int = Field(
+        "all",
+        description="labelled part of train: all, 10%, a count, a file of image names, a COCO JSON, a split's folder",
+    )
+    unlabeled: str = Field(
+        "auto",
+        description="unlabelled images: auto (rest of train, the YAML's `unlabeled`), rest, none, folder, list or glob",
+    )
+    augment: Augment = Field(Augment(), description="views of the images; a paper's name sets all three")
+    augment_on: Literal["worker", "device"] = Field("worker", description="where the strong view's pixel work runs")
+    cache: bool | Literal["ram", "disk"] = Field(
+        False, description="keep decoded, resized images: ram (true), or disk, where later runs find them"
+    )
+    max_bad: float = Field(0.05, ge=0, le=1, description="stop when more than this share of images cannot be read")
+
+    iters: int | None = Field(None, ge=1, description="training steps (one of iters, epochs)")
+    epochs: int | None = Field(
+        None, ge=1, description="passes over the larger set, labelled or unlabelled; 100 where iters is not given"
+    )
+    batch: int = Field(8, ge=1, description="labelled images of a step, over all devices")
+    nominal_batch: int | None = Field(
+        None,
+        ge=1,
+        description="batch that a recipe's numbers are for; another batch rescales lr0, iters, ema_decay, ...",
+    )
+    batch_unlabeled: int | None = Field(None, ge=0, description="unlabelled images of a step; default: as batch")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
+    burn_in: int | float = Field(0.25, ge=0, description="supervised steps before the teacher starts; < 1 is a share")
+    ema_decay: float = Field(0.9996, gt=0, lt=1, description="decay of the teacher's moving average, per step")
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd or adamw")
+    lr0: float = Field(0.01, gt=0, description="learning rate after warm-up")
+    lr_backbone: float = Field(1.0, ge=0, description="learning rate of the backbone, as a share of lr0; DETR: 0.1")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum or Adam's beta1")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of matrices and kernels (not norms, biases)")
+    schedule: Literal["constant", "multistep", "cosine"] = Field("constant", description="learning rate over the run")
+    milestones: list[float] = Field([0.67, 0.89], description="multistep: shares of the run at which lr drops tenfold")
+    warmup_iters: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    clip_grad: float = Field(10.0, ge=0, description="largest gradient norm; 0 = off")
+    amp: bool | Literal["auto", "bf16", "fp16"] = Field(
+        "auto", description="mixed precision; auto: bf16 where the device is faster with it"
+    )
+
+    val_interval: int = Field(0, ge=0, description="steps between validations; 0 = ten in the run")
+    val_fraction: float = Field(1.0, gt=0, le=1, description="share of the val images used while training")
+    eval_on: Literal["both", "student", "teacher"] = Field("both", description="which network validation looks at")
+    patience: int = Field(0, ge=0, description="stop after this many validations without a better AP; 0 = off")
+    save_period: int = Field(0, ge=0, description="also keep a checkpoint every so many steps; 0 = off")
+    save_interval: int = Field(500, ge=1, description="steps between writes of last.pt")
+    plots: bool = Field(True, description="draw curves and predictions into the run folder")
+    seed: int = Field(0, ge=0, description="seed of the split, the weights and every draw")
+    deterministic: bool = Field(True, description="prefer bit-equal results to the last bit of speed")
+    resume: bool | str = Field(
+        False, description="true: the newest unfinished run of `name`; or a checkpoint or folder"
+    )
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines about what another batch than the recipe's has changed."""
+        return self._notes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.iters is not None and self.epochs is not None:
+            raise ValueError("'iters' and 'epochs' both set the length of the run; give one of them")
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != self.milestones:
+            raise ValueError("'milestones' are rising shares of the run between 0 and 1, such as [0.67, 0.89]")
+        return self
+
+    @property
+    def unlabeled_per_step(self) -> int:
+        return self.batch if self.batch_unlabeled is None else self.batch_unlabeled
+
+
+class ValConfig(RunFolder, Inference, Data):
+    """`ssod val`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    split: Literal["train", "val", "test"] = Field("val", description="split of the data YAML")
+    imgsz: ImageSize | None = Field(  # type: ignore[assignment]
+        None, description="long side, pixels, or [short, long]; default: as trained"
+    )
+    batch: int = Field(8, ge=1, description="images at once")
+    metric: Literal["auto", "coco", "voc"] = Field(
+        "auto", description="voc: Pascal VOC's AP50 beside the COCO figures; auto: where the data are Pascal VOC"
+    )
+    save_json: bool = Field(False, description="write detections.json in COCO results format")
+
+
+class PredictConfig(RunFolder, Inference):
+    """`ssod predict`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    source: str | list[str] = Field(description="image, folder, list of paths (.txt), glob, or some of these")
+    imgsz: ImageSize | None = Field(  # type: ignore[assignment]
+        None, description="long side, pixels, or [short, long]; default: as trained"
+    )
+    conf: float = Field(0.25, ge=0, le=1, description="lowest score of a detection")
+    classes: list[int | str] | None = Field(None, description="keep only these classes (names or numbers)")
+    batch: int = Field(8, ge=1, description="images at once")
+    save: bool = Field(True, description="write drawn images")
+    save_txt: bool = Field(False, description="write one YOLO text file an image (class x y w h score)")
+    save_json: bool = Field(False, description="write predictions.json")
+
+
+class CheckConfig(RunFolder, Data):
+    """`ssod check`"""
+
+    model: str | None = Field(
+        None, description="what to measure: a checkpoint, a training YAML, or a detector's name; data may be left out"
+    )
+    backbone: str = Field("resnet50", description="backbone of a detector given by name")
+    num_classes: int = Field(80, ge=1, description="classes of a model that is not a checkpoint")
+    imgsz: ImageSize | None = Field(None, description="side of the measured images, pixels; default: the model's")
+    batch: int = Field(2, ge=1, description="images of the measured step")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
+    decode: bool = Field(True, description="decode every image (slower) instead of reading headers only")
+    strict: bool = Field(False, description="exit code 1 for warnings, too")
+    as_json: bool = Field(False, alias="json", description="print JSON for programs and nothing else, draw nothing")
+    samples: int = Field(16, ge=0, description="images drawn with their boxes into samples.png of the run folder")
+    augment: Augment | None = Field(None, description="views to draw into views.png, weak beside strong; as in train")
+    seed: int = Field(0, ge=0, description="which images are drawn")
+
+
+class SplitConfig(Data):
+    """`ssod split`"""
+
+    out: str = Field(description="new folder for the splits; see docs/splits.md for what it will hold")
+    percent: float | list[float] = Field([1.0, 2.0, 5.0, 10.0], description="labelled shares of train, in percent")
+    folds: int = Field(1, ge=1, description="splits of each share or kind; fold k (from 0) draws with seed + k")
+    seed: int = Field(0, ge=0, description="seed of fold 0")
+    canonical: str | None = Field(
+        None, description="take the shares from a list of positions, such as COCO_supervision.txt, instead of drawing"
+    )
+    canonical_images: int = Field(117_266, ge=1, description="images with a box among which that list counts")
+    sparse: Literal["easy", "hard", "extreme", "50miss"] | None = Field(
+        None, description="keep all images and erase some of their boxes"
+    )
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SplitConfig:
+        others = sorted({"percent", "canonical", "canonical_images"} & self.model_fields_set)
+        if self.sparse is not None and others:
+            raise ValueError(f"'sparse' keeps all images labelled; leave out {' and '.join(others)}")
+        if self.canonical is not None and "seed" in self.model_fields_set:
+            raise ValueError("'canonical' takes the images from a list and draws nothing; leave out seed")
+        return self
+
+
+class LabelConfig(Inference):
+    """`ssod label`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    source: str | list[str] = Field(
+        description="folder, image, list (.txt), glob, DATA.yaml:unlabeled, or some of these"
+    )
+    out: str = Field(description="folder to write; started again with the same arguments, a run goes on")
+    format: Literal["coco", "yolo", "voc"] = Field("coco", description="coco, yolo or voc; see docs/label.md")
+    imgsz: ImageSize | None = Field(  # type: ignore[assignment]
+        None, description="long side, pixels, or [short, long]; default: as trained"
+    )
+    conf: float | dict[str, float] = Field(  # type: ignore[assignment]
+        0.5, description="lowest score of a label; by class: conf.NAME=0.6, and conf.default for the others"
+    )
+    scores: bool = Field(False, description="yolo: write the score behind each box (some programs refuse it)")
+    batch: int = Field(8, ge=1, description="images at once")
+    save_interval: int = Field(512, ge=1, description="images between saves: a killed run repeats at most these")
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+
+MODES: dict[str, type[Section]] = {
+    "train": TrainConfig,
+    "val": ValConfig,
+    "predict": PredictConfig,
+    "check": CheckConfig,
+    "label": LabelConfig,
+    "split": SplitConfig,
+}
