@@ -84,8 +84,7 @@ def no_objects() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def read_place(path: Path, tar: Path, first: int, size: int) -> BytesIO:
-    """The `size` bytes of an image from byte `first` of a tar on; `path` names it in the ImageError that is raised where
-    they are not there."""
+    """The `size` bytes of an image from byte `first` of a tar on; raises ImageError, of `path`, where they are not."""
     try:
         with open(tar, "rb", buffering=0) as file:
             file.seek(first)
