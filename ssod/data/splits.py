@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod.data.samples import Sample
+from ssod.data.samples import Sample, SampleTable
 from ssod.errors import UserError
 
 _SPECS = "a share such as 10%, a number of images, 'all', a .txt or .json file that lists images, or a fold's folder"
@@ -44,7 +44,7 @@ def choose_labeled(
     unique, and a choice without any box.
     """
     assert samples
-    assert all(s.labeled for s in samples)
+    assert SampleTable.of(samples).labeled.all()
     spec = str(spec).strip()
     if (Path(spec) / "labeled.json").is_file():
         spec = str(Path(spec) / "labeled.json")
@@ -78,10 +78,12 @@ def _count(spec: str, n: int) -> int:
 
 
 def _at_random(samples: Sequence[Sample], count: int, seed: int, num_classes: int) -> set[int]:
-    order = sorted(range(len(samples)), key=lambda i: (_lot(seed, samples[i]), i))
+    table = SampleTable.of(samples)
+    lots = [_lot(seed, name) for name in table.names()]
+    order = sorted(range(len(samples)), key=lambda i: (lots[i], i))
+    owner, labels, crowd = table.objects()
     present = np.zeros((len(samples), num_classes), np.bool_)
-    for i, sample in enumerate(samples):
-        present[i, sample.labels[~sample.crowd]] = True
+    present[owner[~crowd], labels[~crowd]] = True
     images_with = present.sum(axis=0)
     chosen: set[int] = set()
     covered = np.zeros(num_classes, np.bool_)
@@ -97,8 +99,8 @@ def _at_random(samples: Sequence[Sample], count: int, seed: int, num_classes: in
     return chosen
 
 
-def _lot(seed: int, sample: Sample) -> bytes:
-    return hashlib.sha256(f"{seed}:{sample.path.name}".encode("utf-8", "surrogateescape")).digest()
+def _lot(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _from_list(samples: Sequence[Sample], file: Path) -> set[int]:
