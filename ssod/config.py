@@ -44,6 +44,8 @@ def find_yaml(name: str, near: Path | None = None, data: bool = False) -> Path:
         for n in names:
             if (place / n).is_file():
                 return place / n
+    if data and "/" in name:
+        raise UserError(f"there is no data YAML {name}. A folder of splits is made by `ssod split`: `ssod help split`.")
     known = [p.name for d in cfg_folders() for p in sorted([*d.glob("*.yaml"), *d.glob("data/*.yaml")])]
     raise UserError(
         f"there is no YAML '{name}' here or among the package's own.{did_you_mean(name, known)} `ssod cfg` lists them."
