@@ -29,6 +29,7 @@ test-slow: $(READY)
 bench: $(READY)  ## speed against peers, as ratios
 	$(BIN)/python tests/bench/bench_loader.py
 	$(BIN)/python tests/bench/bench_step.py
+	$(BIN)/python tests/bench/bench_deform_attn.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
