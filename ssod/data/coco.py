@@ -5,6 +5,7 @@ I images, N annotations. What the file says is in `CocoArrays`; here it is judge
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections import Counter
@@ -85,6 +86,13 @@ def count_annotated(json_path: Path) -> int:
 def load(file: Path) -> CocoArrays:
     """What a COCO JSON says, not to be changed. `load_data` clears this cache when done."""
     return parse(file)
+
+
+def forget() -> None:
+    """Clear the cache of `load` and hand the memory back to the system: the C library would keep most of it."""
+    load.cache_clear()
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has it, and only glibc needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read(found: Found, inspector: Inspector) -> SampleTable:

@@ -175,7 +175,7 @@ class _Records:
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
-                if end < len(self.text):  # else a number may go on
+                if end < len(self.text) and self.text[end] not in ".eE":  # else a number may go on
                     self.at = end
                     return value
             except json.JSONDecodeError:
@@ -201,6 +201,10 @@ class _Table:
     names: list[str] = field(default_factory=list)
     odd: dict[int, Any] = field(default_factory=dict)
     length: int = 0
+
+    def add(self, columns: tuple[np.ndarray, ...]) -> None:
+        self.batches.append(columns)
+        self.length += len(columns[0])
 
 
 def _collect(content: Iterable[tuple[str, Iterator[Any] | None]]) -> CocoArrays:
@@ -246,19 +250,16 @@ def _joined(table: _Table, empty: tuple[np.ndarray, ...]) -> list[np.ndarray]:
 def _fill(table: _Table, records: Iterator[Any], columns: Any) -> None:
     while batch := list(islice(records, _BATCH)):
         try:
-            table.batches.append(columns(batch, table.names))
+            table.add(columns(batch, table.names))
         except (TypeError, ValueError, AttributeError, OverflowError):
             for record in batch:  # one by one, to find out which do not fit
                 try:
-                    table.batches.append(columns([record], table.names))
+                    table.add(columns([record], table.names))
                 except (TypeError, ValueError, AttributeError, OverflowError):
                     if isinstance(record, dict):
                         record = {k: v for k, v in record.items() if k != _OUTLINE}
                     table.odd[table.length] = record
-                    table.batches.append(columns([_PLACEHOLDER], table.names))
-                table.length += 1
-        else:
-            table.length += len(batch)
+                    table.add(columns([_PLACEHOLDER], table.names))
 
 
 _PLACEHOLDER = {"id": -1, "image_id": -1, "category_id": -1, "bbox": [0, 0, 0, 0], "file_name": ""}

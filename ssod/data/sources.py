@@ -68,7 +68,7 @@ def load_data(
         names = _names(data, split, parts)
         read = [SampleTable.of(read_split(found, names, inspector)) for found in parts]
     finally:
-        coco.load.cache_clear()
+        coco.forget()
     where = f"{data.file}, '{split}'"
     _refuse_empty(read, split, parts, where, inspector.problems)
     samples = _as_one(read, where)

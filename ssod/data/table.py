@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -248,10 +249,10 @@ class SampleTable(Sequence[Sample]):
     def names(self) -> list[str]:
         """The last part of each sample's path."""
         text, ends = self._paths()
-        starts, blob = [0, *ends[:-1].tolist()], text.tobytes()
+        stops, blob = ends.tolist(), text.tobytes()
         return [
             os.fsdecode(blob[a:b].rsplit(b"/", 1)[-1] if os.sep == "/" else os.path.basename(blob[a:b]))
-            for a, b in zip(starts, ends.tolist(), strict=True)
+            for a, b in pairwise([0, *stops])
         ]
 
     def _boxes(self) -> tuple[np.ndarray, np.ndarray]:
