@@ -1,0 +1,100 @@
+"""What strategies with a teacher share: its detections, their way into the student's view, and what is logged.
+
+`L = L_s + w_u * L_u`. Weak view -> teacher -> pseudo boxes -> mapped by the two views' matrices into the strong view
+-> student. A strategy says which detections are kept, what they weigh, and calls `step_output` with the losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssod import dist
+from ssod.detectors.base import Detector
+from ssod.ops.pseudo import class_counts
+from ssod.ops.views import between, map_instances
+from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
+from ssod.structures import Instances, SemiBatch, View
+
+
+class TeacherStudentOptions(StrategyOptions):
+    weight: float = Field(1.0, ge=0, description="w_u, weight of the unlabelled images' loss")
+    ramp: int = Field(0, ge=0, description="steps after burn-in over which w_u grows from 0")
+    nms: float = Field(0.6, gt=0, le=1, description="NMS threshold of the teacher's boxes")
+    max_boxes: int = Field(100, ge=1, description="most pseudo boxes of one image before the threshold")
+
+
+class TeacherStudent(Strategy):
+    """Base of strategies whose teacher, a moving average of the student, labels the unlabelled images.
+
+    label_counts, label_images  annotated boxes of each class [K] in so many labelled images, over all steps and ranks
+    """
+
+    Options = TeacherStudentOptions
+    options: TeacherStudentOptions
+    teacher: Detector
+    label_counts: Tensor
+    label_images: Tensor
+
+    def __init__(self, student: Detector, options: TeacherStudentOptions, plan: Plan) -> None:
+        super().__init__(student, options, plan, with_teacher=True)
+        self.register_buffer("label_counts", torch.zeros(student.num_classes))
+        self.register_buffer("label_images", torch.zeros(()))
+
+    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+        boxes = class_counts(batch.labeled.targets, self.student.num_classes)
+        counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_tensor([len(batch.labeled)])]))
+        self.label_counts += counts[:-1]
+        self.label_images += counts[-1]
+        return super().supervised(batch)
+
+    def student_output(self, view: View) -> Any:
+        """The student's raw output on a view: what its `loss` takes."""
+        return self.student.head(self.student.features(view.images, view.sizes))
+
+    @torch.no_grad()
+    def teacher_output(self, view: View) -> Any:
+        """The teacher's raw output on a view, without gradient: what its `decode`, `classify` and `refine` take."""
+        return self.teacher.head(self.teacher.features(view.images, view.sizes))
+
+    @torch.no_grad()
+    def decode(self, output: Any, conf: float) -> list[Instances]:
+        """Detections of the teacher's raw output that score above conf, by descending score, without gradient."""
+        return self.teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+
+    def detect(self, view: View, conf: float) -> list[Instances]:
+        """The teacher's detections in a view that score above conf: pixels of that view, no gradient."""
+        return self.decode(self.teacher_output(view), conf)
+
+    def to_strong(self, batch: SemiBatch, detections: list[Instances]) -> list[Instances]:
+        """Detections in the weak view -> in the strong view's pixels, with their scores, quality and weights; those
+        clipped away are dropped."""
+        assert batch.weak is not None
+        assert batch.strong is not None
+        matrices = between(batch.weak.matrices, batch.strong.matrices)  # [B, 3, 3]
+        return [map_instances(d, matrices[i], batch.strong.sizes[i])[0] for i, d in enumerate(detections)]
+
+    def step_output(
+        self, losses: dict[str, Tensor], step: int, found: list[Instances], used: list[Instances], tau: Tensor | float
+    ) -> StepOutput:
+        """The losses times w_u, and the statistics that the log, the plots and the alarm read.
+
+        found  what the teacher gave, used  what the student learns from, tau  threshold(s): a number or one a class
+        """
+        weight = self.options.weight * self.ramp(step)
+        count = sum(map(len, used))
+        stats: dict[str, Tensor | float] = {
+            "pseudo/per_image": count / len(used),
+            "pseudo/kept": count / max(sum(map(len, found)), 1),
+            "pseudo/labeled_per_image": (self.label_counts.sum() / self.label_images.clamp(min=1)),
+            "pseudo/tau": tau.mean() if isinstance(tau, Tensor) else tau,
+            "pseudo/weight": weight,
+        }
+        return StepOutput({k: weight * v for k, v in losses.items()}, stats)
+
+    def ramp(self, step: int) -> float:
+        """0..1, linear over `ramp` steps after burn-in."""
+        return min(1.0, (step - self.plan.burn_in + 1) / self.options.ramp) if self.options.ramp else 1.0
