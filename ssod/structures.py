@@ -185,6 +185,9 @@ class Candidates:
     matched  int64 [M]  index of the matched target in that image's Instances, -1 = none
     stage    "dense"; "rpn", "roi"; "query" (all B * Q of the last decoder layer, in order), "aux" (those of the
              layers before it, layer by layer), "encoder" (the proposals of all cells, B * S)
+    divisor  what the losses, weighted sums over these candidates, are divided by: "dense" the foreground, a number or
+             one a candidate [M]; "rpn" and "roi" all M; "query", "aux" and "encoder" the targets of the batch.
+             Weights do not change it: who wants another mean multiplies them by divisor / count.
     """
 
     boxes: Tensor
@@ -192,14 +195,19 @@ class Candidates:
     labels: Tensor
     matched: Tensor
     stage: str
+    divisor: Tensor | float = 1.0
 
 
 @dataclass
 class Weights:
-    """Per-candidate weights [M] of the class and the box loss; None = 1."""
+    """Per-candidate weights [M] of the class and the box loss; None = 1.
+
+    learn_quality  False: these boxes teach where sides lie, and nothing about how certain that is. See `Codec.loss`.
+    """
 
     cls: Tensor | None = None
     box: Tensor | None = None
+    learn_quality: bool = True
 
 
 Weigh = Callable[[Candidates], Weights]

@@ -8,6 +8,7 @@ decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ssod.errors import UserError
 from ssod.nn.backbone import Backbone
 from ssod.ops.assign import PaddedTargets
+from ssod.ops.codecs import Codec
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOutput, Weigh, Weights
 
 
@@ -63,7 +65,13 @@ class Detector(nn.Module):
 
 @runtime_checkable
 class HasDense(Protocol):
-    """Class and box maps of every candidate: what SED's re-weighting and Co-mining work on."""
+    """Class and box maps of every candidate: what SED's re-weighting and Co-mining work on.
+
+    codec  what the codes of `dense` mean
+    """
+
+    @property
+    def codec(self) -> Codec: ...
 
     def dense(self, output: Any) -> DenseOutput: ...
 
@@ -81,14 +89,15 @@ class HasRegions(Protocol):
 
     proposals  B tensors [R, 4] xyxy pixels, by descending objectness
     classify   boxes of each image -> probabilities [R, K + 1] of each, background last
-    refine     boxes of each image -> as many Instances, same order: the box as the head corrects it for its best class
+    refine     boxes of each image -> as many Instances, same order: the box as the head corrects it for the class
+               asked for (labels of each image, int64 [R]) or for its best one; scores are that class's probabilities
     """
 
     def proposals(self, output: Any) -> list[Tensor]: ...
 
     def classify(self, output: Any, boxes: list[Tensor]) -> list[Tensor]: ...
 
-    def refine(self, output: Any, boxes: list[Tensor]) -> list[Instances]: ...
+    def refine(self, output: Any, boxes: list[Tensor], labels: list[Tensor] | None = None) -> list[Instances]: ...
 
 
 def check_batch(images: Tensor, sizes: Tensor | None) -> None:
@@ -122,9 +131,10 @@ def full_precision(like: Tensor) -> torch.autocast:
 def candidate_weights(candidates: Candidates, targets: PaddedTargets, weigh: Weigh | None) -> Weights:
     """Weight of each of M candidates: its target's own weight times what `weigh` says; None = 1 for all."""
     asked = Weights() if weigh is None else weigh(candidates)
-    return Weights(
-        _product(_of_target(targets.cls_weight, candidates), asked.cls),
-        _product(_of_target(targets.box_weight, candidates), asked.box),
+    return replace(
+        asked,
+        cls=_product(_of_target(targets.cls_weight, candidates), asked.cls),
+        box=_product(_of_target(targets.box_weight, candidates), asked.box),
     )
 
 

@@ -54,6 +54,9 @@ class FasterRCNNOptions(BoxOptions):
     roi_samples: int = Field(512, ge=1, description="proposals per image in the RoI head's loss")
     roi_positive: float = Field(0.25, gt=0, le=1, description="largest share of foreground among them")
     roi_foreground: float = Field(0.5, ge=0, le=1, description="IoU from which a proposal is foreground")
+    roi_focal_gamma: float = Field(
+        0.0, ge=0, description="class loss times (1 - p)^gamma, without alpha; Unbiased Teacher: 1.5"
+    )
 
 
 class FasterRCNN(PyramidDetector):
@@ -163,16 +166,19 @@ class FasterRCNN(PyramidDetector):
             logits, _ = self._region_head(output.pyramid, boxes)
             return list(logits.softmax(dim=1).split([len(b) for b in boxes]))
 
-    def refine(self, output: DenseOutput, boxes: list[Tensor]) -> list[Instances]:
-        """Given boxes as the RoI head corrects them for their best class: as many, in the same order, clipped."""
+    def refine(self, output: DenseOutput, boxes: list[Tensor], labels: list[Tensor] | None = None) -> list[Instances]:
+        """Given boxes as the RoI head corrects them for given classes, or for their best class: as many, in the same
+        order, clipped."""
         with full_precision(output.logits):
             logits, codes = self._region_head(output.pyramid, boxes)
-            scores, labels = logits.softmax(dim=1)[:, :-1].max(dim=1)  # [M]
-            best = self._codes_for(codes, labels)  # [M, D]
+            probability = logits.softmax(dim=1)[:, :-1]  # [M, K]
+            wanted = probability.argmax(dim=1) if labels is None else torch.cat(labels)  # [M]
+            scores = probability.gather(1, wanted.unsqueeze(1)).squeeze(1)
+            best = self._codes_for(codes, wanted)  # [M, D]
             refined, quality = self.roi_codec.decode(best, torch.cat(boxes))
             counts = [len(b) for b in boxes]
             refined = clip(refined, output.pyramid.sizes[_image_of(boxes)])
-            every = Instances(refined, labels, scores, quality)
+            every = Instances(refined, wanted, scores, quality)
             starts = [sum(counts[:i]) for i in range(len(counts))]
             return [every[s : s + n] for s, n in zip(starts, counts, strict=True)]
 
@@ -217,10 +223,9 @@ class FasterRCNN(PyramidDetector):
         codes = output.codes[image[fg], anchor[fg]].float()
         boxes = padded.boxes[image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
-        count = max(1, len(image))
         return {
-            "rpn_cls": weighted_sum(objectness, weights.cls) / count,
-            "rpn_box": self.rpn_codec.loss(codes, candidates.boxes[fg], boxes, box_weight) / count,
+            "rpn_cls": weighted_sum(objectness, weights.cls) / candidates.divisor,
+            "rpn_box": self.rpn_codec.loss(codes, candidates.boxes[fg], boxes, box_weight) / candidates.divisor,
         }
 
     def _roi_loss(
@@ -244,24 +249,30 @@ class FasterRCNN(PyramidDetector):
         candidates = self._candidates(torch.cat(sampled), _image_of(sampled), torch.cat(assigned), padded, "roi")
         weights = candidate_weights(candidates, padded, weigh)
         logits, codes = self._region_head(output.pyramid, sampled)
-        cls = F.cross_entropy(logits, candidates.labels, reduction="none")
+        cls = self._class_loss(logits, candidates.labels)
 
         fg = (candidates.matched >= 0).nonzero().squeeze(1)
         boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
         own_codes = self._codes_for(codes[fg], candidates.labels[fg])  # [F, D], of the class each is assigned
-        box = self.roi_codec.loss(own_codes, candidates.boxes[fg], boxes, box_weight)
-        count = max(1, len(logits))
+        box = self.roi_codec.loss(own_codes, candidates.boxes[fg], boxes, box_weight, weights.learn_quality)
         return {
-            "cls": weighted_sum(cls, weights.cls) / count,
-            "box": box * self.options.box_loss_weight / count,
+            "cls": weighted_sum(cls, weights.cls) / candidates.divisor,
+            "box": box * self.options.box_loss_weight / candidates.divisor,
         }
+
+    def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, times (1 - p)^gamma of the right class's probability: [M, K + 1], int64 [M] -> [M]."""
+        surprise = F.cross_entropy(logits, labels, reduction="none")
+        gamma = self.options.roi_focal_gamma
+        # Not quite 0: the derivative of x^gamma there is infinite for gamma below 1.
+        return surprise * (-torch.expm1(-surprise)).clamp(min=1e-9) ** gamma if gamma else surprise
 
     def _candidates(
         self, boxes: Tensor, image: Tensor, matched: Tensor, padded: PaddedTargets, stage: str
     ) -> Candidates:
         labels = padded.labels[image, matched.clamp(min=0)].where(matched >= 0, self.num_classes)
-        return Candidates(boxes, image, labels, matched, stage)
+        return Candidates(boxes, image, labels, matched, stage, float(max(1, len(boxes))))
 
     def _region_head(self, pyramid: Pyramid, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes of each image -> logits [M, K + 1] and codes [M, K, D] in float32 ([M, 1, D] if class-agnostic)."""

@@ -106,7 +106,8 @@ class FCOS(PyramidDetector):
             points = centers(output.anchors)  # [P, 2]
             reach, ranges = self._responsible(output)
             matched = assign_points(points, reach, ranges, padded.boxes, padded.valid)  # [B, P]
-            candidates = dense_candidates(matched, output.anchors, padded, self.num_classes)
+            count = (matched >= 0).sum().clamp(min=1)
+            candidates = dense_candidates(matched, output.anchors, padded, self.num_classes, count.expand(len(matched)))
             weights = candidate_weights(candidates, padded, weigh)
 
             fg = (candidates.matched >= 0).nonzero().squeeze(1)  # [F]
@@ -125,10 +126,10 @@ class FCOS(PyramidDetector):
                 self.options.focal_alpha,
                 self.options.focal_gamma,
             )
-            count = max(1, len(fg))
+            box = self.codec.loss(codes, anchors, boxes, box_weight, weights.learn_quality)
             return {
                 "cls": focal / count,
-                "box": self.codec.loss(codes, anchors, boxes, box_weight) * self.options.box_loss_weight / count,
+                "box": box * self.options.box_loss_weight / count,
                 "centerness": weighted_sum(centered, box_weight) / count,
             }
 

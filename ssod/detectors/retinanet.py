@@ -92,16 +92,17 @@ class RetinaNet(PyramidDetector):
             matched = torch.stack(
                 [assign_iou(output.anchors, t.boxes.float(), BACKGROUND_IOU, FOREGROUND_IOU, True) for t in targets]
             )  # [B, P]
-            candidates = dense_candidates(matched, output.anchors, padded, self.num_classes)
+            divisor = self._divisor(matched)  # [B]
+            candidates = dense_candidates(matched, output.anchors, padded, self.num_classes, divisor)
             weights = candidate_weights(candidates, padded, weigh)
-            share = self._share(matched)[candidates.image]  # [M]
+            share = (1 / divisor)[candidates.image]  # [M]
             cls_weight = share if weights.cls is None else share * weights.cls
             box_weight = share if weights.box is None else share * weights.box
 
             fg = (candidates.matched >= 0).nonzero().squeeze(1)  # [F]
             boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]  # [F, 4]
             codes = output.codes.flatten(0, 1)[fg].float()
-            box = self.codec.loss(codes, candidates.boxes[fg], boxes, box_weight[fg])
+            box = self.codec.loss(codes, candidates.boxes[fg], boxes, box_weight[fg], weights.learn_quality)
             return {
                 "cls": focal_loss(
                     output.logits.flatten(0, 1),
@@ -127,9 +128,9 @@ class RetinaNet(PyramidDetector):
         """What `HasDense` asks for: the output is dense already."""
         return output
 
-    def _share(self, matched: Tensor) -> Tensor:
-        """What the losses of each image's candidates are multiplied with, [B]."""
+    def _divisor(self, matched: Tensor) -> Tensor:
+        """What the losses of each image's candidates are divided by, [B]."""
         foreground = (matched >= 0).sum(dim=1)  # [B]
         if self.options.mean_of_images:
-            return 1 / (foreground.clamp(min=1) * len(foreground))
-        return 1 / foreground.sum().clamp(min=1).expand(len(foreground))
+            return foreground.clamp(min=1) * len(foreground)
+        return foreground.sum().clamp(min=1).expand(len(foreground))

@@ -78,7 +78,8 @@ class SetLoss:
         corners = to_corners(flat) * valid_extent(pyramid)[image]
         target = matched.flatten()
         labels = padded.labels[image, target.clamp(min=0)].where(target >= 0, self.num_classes)
-        candidates = Candidates(corners.detach(), image, labels, target, stage)
+        count = padded.valid.sum().clamp(min=1)
+        candidates = Candidates(corners.detach(), image, labels, target, stage, count)
         weights = candidate_weights(candidates, padded, weigh)
 
         # Proposals are objects or not: the first of their logits says so.
@@ -91,7 +92,6 @@ class SetLoss:
         # The GIoU does not care about the scale of an axis; in pixels no box is small against its epsilon.
         overlap = giou_loss(corners[fg], padded.boxes[own])
         box_weight = None if weights.box is None else weights.box[fg]
-        count = padded.valid.sum().clamp(min=1)
         return {
             "cls": self.coef.cls * focal / count,
             "l1": self.coef.l1 * weighted_sum(distance, box_weight) / count,

@@ -54,7 +54,14 @@ class BucketCodec:
         outer, step = self._segments(anchors)
         return ordered(outer + place * step), best.sigmoid().mean(dim=-1)
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
         """RPL, Eq. 5, summed over candidates: codes [M, D], anchors and boxes [M, 4], weight [M] or None = 1.
 
         Binary cross entropy over all K intervals: Eq. 3 as printed has only the positive term, which a head that says

@@ -31,8 +31,19 @@ class Codec(Protocol):
     def decode(self, codes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
         """codes [..., D] -> boxes [..., 4] xyxy px, not clipped, and quality [...] in 0 .. 1 or None."""
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Sum over M candidates: codes [M, D], anchors [M, 4], target boxes [M, 4], weight [M] or None = 1."""
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
+        """Sum over M candidates: codes [M, D], anchors [M, 4], target boxes [M, 4], weight [M] or None = 1.
+
+        learn_quality  False: no gradient reaches numbers that only say how certain the box is. A codec without such
+                       numbers (deltas, distances, or buckets, whose certainty is what finds the side) has one loss.
+        """
 
     def start(self) -> Tensor:
         """Codes [D] that an untrained head should give, that is the bias of the layer that predicts them."""
@@ -64,7 +75,14 @@ class L1Codec:
         half = codes[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * size / 2
         return torch.cat([center - half, center + half], dim=-1), None
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
         error = F.smooth_l1_loss(codes, self.encode(boxes, anchors), beta=self.beta, reduction="none")
         return weighted_sum(error.sum(dim=-1), weight)
 
@@ -79,7 +97,14 @@ class DeltaGIoUCodec(L1Codec):
     What `giou` means where the centre of an anchor may lie outside the box: on anchors and proposals.
     """
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
         return weighted_sum(giou_loss(self.decode(codes, anchors)[0], boxes), weight)
 
 
@@ -100,7 +125,14 @@ class GIoUCodec:
         distances = codes.clamp(min=0)
         return torch.cat([point - distances[..., :2] * size, point + distances[..., 2:] * size], dim=-1), None
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
         return weighted_sum(giou_loss(self.decode(codes, anchors)[0], boxes), weight)
 
     def start(self) -> Tensor:
@@ -129,15 +161,24 @@ class GaussianCodec:
         quality = (-log_variance.exp().mean(dim=-1)).sigmoid()
         return ordered(anchors + shifts * self._unit(anchors)), quality
 
-    def loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Eq. 8-10: smooth-L1 of each shift times exp(-s), plus s / 2; summed over sides and candidates."""
-        log_variance = self._split(codes)[1]
-        attenuated = (-log_variance).exp() * self._errors(codes, anchors, boxes) + log_variance / 2  # [M, 4]
-        return weighted_sum(attenuated.sum(dim=-1), weight)
+    def loss(
+        self,
+        codes: Tensor,
+        anchors: Tensor,
+        boxes: Tensor,
+        weight: Tensor | None = None,
+        learn_quality: bool = True,
+    ) -> Tensor:
+        """Eq. 8-10: smooth-L1 of each shift times exp(-s), plus s / 2; summed over sides and candidates.
 
-    def shift_loss(self, codes: Tensor, anchors: Tensor, boxes: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Smooth-L1 of the shifts alone: variances get no gradient, as pseudo boxes must not teach them (Eq. 11)."""
-        return weighted_sum(self._errors(codes, anchors, boxes).sum(dim=-1), weight)
+        Without `learn_quality` Eq. 11: smooth-L1 of the shifts alone, no gradient for the variances.
+        """
+        errors = self._errors(codes, anchors, boxes)  # [M, 4]
+        if not learn_quality:
+            return weighted_sum(errors.sum(dim=-1), weight)
+        log_variance = self._split(codes)[1]
+        attenuated = (-log_variance).exp() * errors + log_variance / 2
+        return weighted_sum(attenuated.sum(dim=-1), weight)
 
     def start(self) -> Tensor:
         """First boxes = the anchors, of variance 1: the loss starts as plain smooth-L1."""

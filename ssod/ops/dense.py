@@ -15,16 +15,23 @@ from ssod.ops.boxes import nms
 from ssod.structures import Candidates, Instances
 
 
-def dense_candidates(matched: Tensor, anchors: Tensor, targets: PaddedTargets, num_classes: int) -> Candidates:
-    """All M = B * P candidates after assignment: matched int64 [B, P] (target, -1 background, -2 ignored)."""
+def dense_candidates(
+    matched: Tensor, anchors: Tensor, targets: PaddedTargets, num_classes: int, divisor: Tensor
+) -> Candidates:
+    """All M = B * P candidates after assignment: matched int64 [B, P] (target, -1 background, -2 ignored).
+
+    divisor  what each image's losses will be divided by, [B]
+    """
     batch, count = matched.shape
     labels = targets.labels.gather(1, matched.clamp(min=0)).where(matched >= 0, num_classes)
+    image = torch.arange(batch, device=matched.device).repeat_interleave(count)
     return Candidates(
         boxes=anchors.expand(batch, count, 4).reshape(-1, 4),
-        image=torch.arange(batch, device=matched.device).repeat_interleave(count),
+        image=image,
         labels=labels.where(matched != IGNORED, -1).flatten(),
         matched=matched.clamp(min=BACKGROUND).flatten(),
         stage="dense",
+        divisor=divisor[image],
     )
 
 

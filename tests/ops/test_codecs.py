@@ -110,7 +110,7 @@ def test_gaussian_by_hand():
     codec = GaussianCodec()
     assert codec.encode(box, anchor)[0, :4].tolist() == pytest.approx([0.5, 3, 0, -1])
     assert codec.loss(codes, anchor, box, torch.tensor([2.0])).item() == pytest.approx(2 * expected, rel=1e-5)
-    assert codec.shift_loss(codes, anchor, box, torch.tensor([2.0])).item() == pytest.approx(2 * 3.125, rel=1e-5)
+    assert codec.loss(codes, anchor, box, torch.tensor([2.0]), False).item() == pytest.approx(2 * 3.125, rel=1e-5)
     mean = (1 + 4 + math.e + 1 / math.e) / 4
     assert codec.decode(codes, anchor)[1].item() == pytest.approx(1 - 1 / (1 + math.exp(-mean)), rel=1e-5)
 
@@ -137,7 +137,7 @@ def test_gaussian_loss_is_smooth_where_its_halves_meet(s, sign):
 def test_pseudo_boxes_teach_no_variance():
     anchor, box = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[1.0, 3, 20, 9]])
     codes = torch.zeros(1, 8, requires_grad=True)
-    GaussianCodec().shift_loss(codes, anchor, box).backward()
+    GaussianCodec().loss(codes, anchor, box, learn_quality=False).backward()
     assert codes.grad[0, :4].abs().min() > 0
     assert codes.grad[0, 4:].abs().max() == 0
 
