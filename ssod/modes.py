@@ -30,6 +30,10 @@ class TrainConfig(RunFolder, Inference, Data):
         description="weights to start from: a checkpoint of ssod, torchvision or transformers, a backbone's own, "
         "or torchvision://NAME",
     )
+    teacher_weights: str | list[str] | None = Field(
+        None,
+        description="a finished teacher for a strategy of two stages, such as rpl: its burn_in steps fall away",
+    )
     frozen_norm: bool | None = Field(
         None,
         description="keep the backbone's batch norm fixed; default: as in an ssod checkpoint, true with other weights, "

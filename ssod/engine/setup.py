@@ -17,7 +17,7 @@ from ssod.data.sources import load_data, read_data_yaml
 from ssod.data.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
-from ssod.detectors.convert import load_weights, read_weights
+from ssod.detectors.convert import WeightsReport, load_weights, read_weights
 from ssod.errors import UserError
 from ssod.modes import TrainConfig
 from ssod.strategies import build_strategy, strategy_class
@@ -120,18 +120,33 @@ def plan_run(config: TrainConfig, data: TrainData) -> Plan:
             f"burn_in={config.burn_in} leaves none of the {iters} steps for the unlabelled images. "
             "Lower burn_in or raise iters."
         )
-    return Plan(iters, min(burn_in, iters), config.ema_decay)
+    two_stages = strategy_class(config.strategy.name).two_stages
+    if config.teacher_weights is not None:
+        return Plan(iters - burn_in, 0, config.ema_decay, two_stages)
+    if two_stages and burn_in == 0:
+        raise UserError(
+            f"strategy={config.strategy.name} needs a teacher: give burn_in=STEPS of its training on the labelled "
+            "images, or teacher_weights=FILE."
+        )
+    return Plan(iters, min(burn_in, iters), config.ema_decay, two_stages)
 
 
 def check_options(config: TrainConfig) -> None:
     """Refuse unknown strategies, detectors and options before any data is read."""
-    validate(strategy_class(config.strategy.name).Options, config.strategy.options, "strategy.")
+    strategy = strategy_class(config.strategy.name)
+    validate(strategy.Options, config.strategy.options, "strategy.")
+    if config.teacher_weights is not None and not strategy.two_stages:
+        raise UserError(
+            f"strategy={config.strategy.name} trains no teacher beforehand, so teacher_weights has no place; "
+            "start the student from that file with weights=FILE."
+        )
     validate(detector_class(config.detector.name).Options, config.detector.options, "detector.")
 
 
 def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]:
     """The detector with its starting weights, and a sentence about them."""
-    found = None if config.weights is None else read_weights(config.weights)
+    source = _teacher_files(config)[0] if config.teacher_weights else config.weights
+    found = None if source is None else read_weights(source)
     frozen = config.frozen_norm
     if frozen is None:
         frozen = found is not None and found.frozen_norm
@@ -152,4 +167,31 @@ def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]
 def build(config: TrainConfig, data: TrainData) -> tuple[Strategy, str]:
     student, note = build_student(config, data.names)
     strategy = build_strategy(config.strategy.name, student, config.strategy.options, plan_run(config, data))
+    if config.teacher_weights is not None:
+        note = load_teachers(strategy, _teacher_files(config), data.names)
     return strategy, note
+
+
+def load_teachers(strategy: Strategy, files: Sequence[str], names: list[str]) -> str:
+    """Make each student and its teacher equal to the detector of a file; a sentence about them.
+
+    Raises UserError unless there is a file for each pair, of whole detectors that know all classes.
+    """
+    pairs, notes = strategy.pairs(), []
+    if len(files) != len(pairs):
+        raise UserError(f"teacher_weights names {len(files)} files for {len(pairs)} teachers; give one for each.")
+    for file, (student, teacher) in zip(files, pairs, strict=True):
+        report = load_weights(student, read_weights(file), names)
+        if not isinstance(report, WeightsReport) or len(report.classes.pairs) < len(names):
+            raise UserError(
+                f"teacher_weights={file} is no finished teacher ({report}): give a detector trained on these classes, "
+                "or leave it out to train the teacher first."
+            )
+        teacher.load_state_dict(student.state_dict())
+        notes.append(str(report))
+    return "teacher: " + "; ".join(notes)
+
+
+def _teacher_files(config: TrainConfig) -> list[str]:
+    files = config.teacher_weights or []
+    return [files] if isinstance(files, str) else files

@@ -18,6 +18,7 @@ from ssod.data.device import Painter, divide
 from ssod.data.loader import StepLoader, build_loader
 from ssod.data.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
+from ssod.detectors.base import Detector
 from ssod.engine.diagnose import Starvation
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
@@ -115,7 +116,11 @@ class SemiTrainer:
         started = time.monotonic()
         try:
             for batches in self._batches():
-                set_lr(self.optimizer, lr_at(self.step, plan.iters, config))
+                first, end = plan.stage(self.step)
+                if self.step == first > 0:
+                    self.optimizer.state.clear()  # the student of stage two starts as from a file: without momentum
+                lr = lr_at(self.step - first, end - first, config)
+                set_lr(self.optimizer, lr)
                 finite = self._step(wrapped, batches, averages)
                 skipped = 0 if finite else skipped + 1
                 if skipped >= SKIPS:
@@ -126,7 +131,7 @@ class SemiTrainer:
                 log.step(self.step)
                 self.step += 1
                 if self.step % every == 0 or self.step == plan.iters:
-                    values = averages.read() | {"lr": lr_at(self.step - 1, plan.iters, config)}
+                    values = averages.read() | {"lr": lr}
                     log.row(self.step, values | {"seconds": time.monotonic() - started})
                     if alarm := starvation.look(values):
                         log.say(alarm)
@@ -244,7 +249,7 @@ class SemiTrainer:
             iou=self.config.iou,
             max_det=self.config.max_det,
         )
-        networks = self.strategy.networks()
+        networks: dict[str, Detector] = self.strategy.networks()
         if self.config.eval_on in networks:
             networks = {self.config.eval_on: networks[self.config.eval_on]}
         elif self.step < self.plan.burn_in:
@@ -252,7 +257,7 @@ class SemiTrainer:
         scores: dict[str, Metrics] = {}
         if dist.is_main():
             bad: list[tuple[str, str]] = []
-            for name, network in networks.items():
+            for name, network in (networks | self.strategy.together()).items():
                 scores[name] = evaluate(network, self.data.val, self.data.names, how, bad)
             for path, reason in dict(bad).items():
                 if path not in self.bad_val:
@@ -264,14 +269,14 @@ class SemiTrainer:
     def _record(self, scores: dict[str, Metrics], log: Logger) -> None:
         figures = {f"val/{n}/{k}": v for n, m in scores.items() for k, v in m.figures.items()}
         log.row(self.step, figures)
-        self.history.append(
-            {"step": self.step} | {n: {**m.figures, "per_class": m.per_class} for n, m in scores.items()}
-        )
+        entry = {"step": self.step} | {n: {**m.figures, "per_class": m.per_class} for n, m in scores.items()}
+        by_class = {n: dict(zip(self.data.names, v.tolist(), strict=True)) for n, v in self.strategy.by_class().items()}
+        self.history.append(entry | ({"by_class": by_class} if by_class else {}))
         log.say(
             f"step {self.step}: "
             + ", ".join(f"{n} AP {m.figures['AP']:.4f} AP50 {m.figures['AP50']:.4f}" for n, m in scores.items())
         )
-        use = max(scores, key=lambda n: scores[n].ap)
+        use = max((n for n in scores if n in self.strategy.networks()), key=lambda n: scores[n].ap)
         self._since_best += 1
         if scores[use].ap > self.best["AP"]:
             self.best = {"AP": scores[use].ap, "step": self.step, "use": use}
@@ -330,6 +335,7 @@ class SemiTrainer:
         text = f"{plan.iters} steps of {c.batch} labelled"
         if self.data.unlabeled:
             text += f" + {c.unlabeled_per_step} unlabelled images, {plan.burn_in} of them supervised first"
+            text += ", with a schedule of their own" if plan.two_stages and plan.burn_in else ""
         precision = str(self.dtype).removeprefix("torch.") if self.dtype else "float32"
         return f"{text}; {c.strategy.name}, {precision} on {self.device}, into {self.folder}"
 
@@ -340,7 +346,7 @@ class SemiTrainer:
         summary = {
             "folder": str(self.folder),
             "burn_in": at_burn_in["student"] if at_burn_in and self.strategy.uses_unlabeled else None,
-            "final": {k: v for k, v in final.items() if k != "step"},
+            "final": {k: v for k, v in final.items() if k not in ("step", "by_class")},
             "best": self.best,
             "steps": self.step,
             "labeled": len(self.data.labeled),
@@ -352,8 +358,9 @@ class SemiTrainer:
         if dist.is_main():
             (self.folder / "metrics.json").write_text(json.dumps(_no_nan(summary), indent=1), encoding="utf-8")
             if self.config.plots:
-                from ssod.report.plots import plot_run  # matplotlib takes a second to load
+                from ssod.report.plots import plot_by_class, plot_run  # matplotlib takes a second to load
 
+                plot_by_class(self.folder, self.history)
                 plot_run(self.folder, log.table, self.plan.burn_in if self.strategy.uses_unlabeled else None)
                 self._draw_val()
         return summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from ssod.report.table import Table
 
 matplotlib.use("Agg")  # files only: no display is needed
 TILE = 320  # pixels, long side of a drawn image
+NAMED = 10  # classes with a colour and a name in a plot
 COLORS = {"student": "#1f6fb4", "teacher": "#d95f02", "sup": "#1f6fb4", "unsup": "#d95f02"}
 
 
@@ -38,6 +40,36 @@ def plot_run(folder: Path, table: Table, burn_in: int | None) -> Path:
             ax.axvline(burn_in, color="gray", linestyle=":", linewidth=1, label="end of burn-in")
         ax.legend(fontsize=8)
     path = folder / "results.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def plot_by_class(folder: Path, history: Sequence[dict[str, Any]]) -> Path | None:
+    """by_class.png: a curve a class for each of the numbers that a strategy keeps by class; None where it keeps none.
+
+    history  one entry a validation, of them those with "by_class": {number: {class: value}}
+    """
+    entries = [h for h in history if "by_class" in h]
+    if not entries:
+        return None
+    last: dict[str, dict[str, float]] = entries[-1]["by_class"]
+    steps = [h["step"] for h in entries]
+    figure = Figure(figsize=(5 * len(last), 4), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, len(last), squeeze=False)[0])
+    for ax, (number, by_name) in zip(axes, last.items(), strict=True):
+        order = sorted(by_name, key=by_name.__getitem__, reverse=True)
+        named = order if len(order) <= NAMED else [*order[: NAMED // 2], *order[-(NAMED // 2) :]]
+        for name in order:
+            values = [h["by_class"][number][name] for h in entries]
+            if name in named:
+                ax.plot(steps, values, marker=".", label=f"{name} {values[-1]:.2f}")
+            else:
+                ax.plot(steps, values, color="lightgray", linewidth=1, zorder=0)
+        ax.set_title(f"{number} by class" + (f": {NAMED // 2} highest, {NAMED // 2} lowest" if named != order else ""))
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    path = folder / "by_class.png"
     figure.savefig(path, dpi=110)
     return path
 

@@ -14,6 +14,7 @@ from ssod.strategies.base import Plan, Strategy
 STRATEGIES = {
     "supervised": "ssod.strategies.supervised:Supervised",
     "mean_teacher": "ssod.strategies.mean_teacher:MeanTeacher",
+    "rpl": "ssod.strategies.rpl:RPL",
 }
 
 

@@ -26,11 +26,21 @@ class StrategyOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of the run in steps, of its supervised start, and the teacher's decay per step."""
+    """Length of the run in steps, of its supervised start, and the teacher's decay per step.
+
+    two_stages: the supervised start is a training of its own, with its own warm-up and learning rate schedule
+    """
 
     iters: int
     burn_in: int
     ema_decay: float
+    two_stages: bool = False
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """First step of the stage that `step` belongs to, and the first one after it."""
+        if not self.two_stages:
+            return 0, self.iters
+        return (0, self.burn_in) if step < self.burn_in else (self.burn_in, self.iters)
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Strategy(nn.Module):
     Options: type[StrategyOptions] = StrategyOptions
     needs: tuple[type[Any], ...] = ()
     uses_unlabeled = True
+    two_stages = False  # burn-in is stage one: a training of its own, which `teacher_weights` may replace
     teacher: Detector | None
 
     def __init__(self, student: Detector, options: StrategyOptions, plan: Plan, with_teacher: bool) -> None:
@@ -98,3 +109,16 @@ class Strategy(nn.Module):
     def networks(self) -> dict[str, Detector]:
         """What can be evaluated and deployed, by name."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher is not None else {})
+
+    def pairs(self) -> list[tuple[Detector, Detector]]:
+        """Each student with the teacher it starts from."""
+        assert self.teacher is not None
+        return [(self.student, self.teacher)]
+
+    def together(self) -> dict[str, Detector]:
+        """What validation scores besides, by name: called as a detector is, but not deployable as one network."""
+        return {}
+
+    def by_class(self) -> dict[str, Tensor]:
+        """Numbers of each class [K] worth a curve each, by name: drawn and kept at every validation."""
+        return {}

@@ -45,11 +45,15 @@ class TeacherStudent(Strategy):
         self.register_buffer("label_images", torch.zeros(()))
 
     def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
-        boxes = class_counts(batch.labeled.targets, self.student.num_classes)
-        counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_tensor([len(batch.labeled)])]))
+        self.count_labels(batch.labeled)
+        return super().supervised(batch)
+
+    def count_labels(self, view: View) -> None:
+        """Add the labelled images of a step, of all ranks, to the label statistics."""
+        boxes = class_counts(view.targets, self.student.num_classes)
+        counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_tensor([len(view)])]))
         self.label_counts += counts[:-1]
         self.label_images += counts[-1]
-        return super().supervised(batch)
 
     def student_output(self, view: View) -> Any:
         """The student's raw output on a view: what its `loss` takes."""

@@ -1,0 +1,71 @@
+"""How certain a network is of its own foreground candidates: p of the assigned class and v of the box, of any detector.
+
+Letters: M candidates of the batch, F of them foreground.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ssod.detectors.base import Detector, HasRegions
+from ssod.ops.codecs import Codec
+from ssod.structures import Candidates, DenseOutput, SlotOutput
+
+JUDGED = (
+    "dense",
+    "roi",
+    "query",
+)  # stages whose candidates have a class of their own: not an RPN's, one layer of a DETR
+
+
+@runtime_checkable
+class _HasCodec(Protocol):
+    codec: Codec
+
+
+@torch.no_grad()
+def foreground_certainty(
+    detector: Detector, output: Any, candidates: Candidates, with_quality: bool
+) -> tuple[Tensor, Tensor]:
+    """Labels int64 [F] of the foreground candidates of a stage in JUDGED, and their p * v [F] in 0 .. 1.
+
+    output        raw output that the candidates were assigned on
+    with_quality  multiply by the codec's localisation quality v; otherwise p alone
+    """
+    fg = (candidates.matched >= 0).nonzero().squeeze(1)  # [F]
+    labels = candidates.labels[fg]
+    if len(fg) == 0:
+        return labels, candidates.boxes.new_zeros(0)
+    if candidates.stage == "roi":
+        return labels, _of_regions(detector, output, candidates, fg, with_quality)
+    if candidates.stage == "query":
+        assert isinstance(output, SlotOutput)
+        return labels, output.logits[-1].flatten(0, 1)[fg, labels].float().sigmoid()
+    assert isinstance(output, DenseOutput)
+    certainty = output.logits.flatten(0, 1)[fg, labels].float().sigmoid()
+    if with_quality:
+        assert isinstance(detector, _HasCodec)
+        _, quality = detector.codec.decode(output.codes.flatten(0, 1)[fg].float(), candidates.boxes[fg])
+        assert quality is not None
+        certainty = certainty * quality
+    return labels, certainty
+
+
+def _of_regions(
+    detector: Detector, output: Any, candidates: Candidates, fg: Tensor, with_quality: bool
+) -> Tensor:  # [F]
+    assert isinstance(detector, HasRegions)
+    image = candidates.image[fg]
+    order = [(image == b).nonzero().squeeze(1) for b in range(len(output.logits))]  # rows of `fg` of each image
+    boxes = [candidates.boxes[fg[rows]] for rows in order]
+    certainty = candidates.boxes.new_zeros(len(fg))
+    for rows, probability in zip(order, detector.classify(output, boxes), strict=True):  # [R, K + 1] each
+        certainty[rows] = probability.gather(1, candidates.labels[fg[rows], None]).squeeze(1)
+    if with_quality:
+        for rows, refined in zip(order, detector.refine(output, boxes), strict=True):
+            assert refined.quality is not None
+            certainty[rows] *= refined.quality
+    return certainty

@@ -1,0 +1,208 @@
+"""RPL: certainty-aware pseudo labels, dynamic thresholds and re-weighting (Li et al., "Rethinking Pseudo Labels for
+Semi-Supervised Object Detection", 2022).
+
+Stage one trains a teacher on the labelled images (`burn_in` steps); in stage two the student starts from it and learns
+from labelled images and from the pseudo boxes of the teacher, which stays as it is. Each stage has its own schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssod import dist
+from ssod.detectors import build_detector
+from ssod.detectors.base import Detector
+from ssod.detectors.pyramid import PyramidDetector
+from ssod.errors import UserError
+from ssod.nn.ema import Ema, frozen_copy
+from ssod.ops.certainty import class_sums, class_thresholds, class_weights, relative_certainty
+from ssod.ops.pseudo import above
+from ssod.strategies.base import Plan, StepOutput
+from ssod.strategies.ensemble import Together, fuse
+from ssod.strategies.foreground import JUDGED, foreground_certainty
+from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.structures import Candidates, Instances, SemiBatch, View, Weigh, Weights
+
+MEMORY = 0.999  # decay of Eq. 6's sums a step: about the last 1000 steps
+LOWEST = 0.05  # score below which no box of the teacher is looked at; thresholds are far above
+REWEIGHTED = (*JUDGED, "aux")  # an RPN's candidates and an encoder's proposals have no class to weigh them by
+
+
+class RPL(TeacherStudent):
+    class Options(TeacherStudentOptions):
+        tau: float = Field(0.7, ge=0, le=1, description="threshold of pseudo boxes that each class's own derives from")
+        teacher: Literal["frozen", "ema"] = Field(
+            "frozen", description="in stage two: as stage one left it, or a moving average of the student"
+        )
+        certainty: bool = Field(
+            True, description="use the boxes' localisation quality v beside p; needs detector.codec=bucket"
+        )
+        threshold_on: Literal["p", "pv", "sqrt_pv"] = Field(
+            "p", description="what reaches the threshold: class probability, its product with v, or their mean"
+        )
+        gamma1: float = Field(0.05, ge=0, description="how far thresholds follow the classes' certainty; 0 = off")
+        gamma2: float = Field(0.6, ge=0, description="how far weights favour rare, uncertain classes; 0 = off")
+        max_weight: float = Field(10.0, ge=1, description="bound of a class's weight, which a class never seen gets")
+        ensemble: Literal[1, 2] = Field(1, description="networks that are trained side by side and teach together")
+
+    options: Options
+    two_stages = True
+    sums: Tensor
+
+    def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
+        super().__init__(student, options, plan)
+        if options.certainty:
+            _check_quality(student)
+        elif options.threshold_on != "p":
+            raise UserError(
+                f"strategy.threshold_on={options.threshold_on} needs the boxes' quality; "
+                "set strategy.certainty=true, or strategy.threshold_on=p."
+            )
+        self.register_buffer("sums", torch.zeros(2, student.num_classes))  # of Eq. 6, decayed, over all ranks
+        self.student2 = self.teacher2 = None
+        if options.ensemble == 2:
+            self.student2 = _twin(student)
+            self.teacher2 = frozen_copy(self.student2)
+        self._averages: list[Ema] = []
+
+    def pairs(self) -> list[tuple[Detector, Detector]]:
+        second = [] if self.student2 is None or self.teacher2 is None else [(self.student2, self.teacher2)]
+        return [(self.student, self.teacher), *second]
+
+    def forward(self, batch: SemiBatch, step: int) -> StepOutput:
+        self.sums *= MEMORY
+        return super().forward(batch, step)
+
+    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+        """Re-weighting acts in stage two, on labelled and unlabelled images alike (Eq. 2 has both terms)."""
+        self.count_labels(batch.labeled)
+        stage_two = batch.strong is not None
+        return self.learn(batch.labeled, batch.labeled.targets, self.weights() if stage_two else None)
+
+    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+        assert batch.weak is not None
+        assert batch.strong is not None
+        detections = self.detect(batch.weak, LOWEST)
+        tau, alpha = self.thresholds(), self.weights()
+        targets = [above(m, tau) for m in self.to_strong(batch, detections)]
+        losses = self.learn(batch.strong, targets, alpha)
+        out = self.step_output(losses, step, detections, targets, tau)
+        out.stats |= {
+            "pseudo/tau_min": tau.min(),
+            "pseudo/tau_max": tau.max(),
+            "pseudo/alpha_min": alpha.min(),
+            "pseudo/alpha_max": alpha.max(),
+        }
+        return out
+
+    @torch.no_grad()
+    def detect(self, view: View, conf: float) -> list[Instances]:
+        """What the teacher, or both together, see in a view; scores are what `threshold_on` says."""
+        found = []
+        for _, teacher in self.pairs():
+            output = teacher.head(teacher.features(view.images, view.sizes))
+            detections = teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+            found.append([self._confident(d) for d in detections])
+        return found[0] if len(found) == 1 else fuse(found, conf, self.options.nms, self.options.max_boxes)
+
+    def thresholds(self) -> Tensor:
+        """tau_m [K], Eq. 6."""
+        return class_thresholds(self.sums, self.options.tau, self.options.gamma1)
+
+    def weights(self) -> Tensor:
+        """alpha_m [K], Eq. 6."""
+        return class_weights(self.sums, self.options.gamma2, self.options.max_weight)
+
+    def learn(self, view: View, targets: list[Instances], alpha: Tensor | None) -> dict[str, Tensor]:
+        """Losses of each student on a view, the second one's as "2/NAME". alpha [K] multiplies those of foreground
+        candidates, for class and box alike; what the students make of these enters the running sums."""
+        losses: dict[str, Tensor] = {}
+        for i, (student, _) in enumerate(self.pairs()):
+            output = student.head(student.features(view.images, view.sizes))
+            seen = torch.zeros_like(self.sums)
+            part = student.loss(output, targets, self._weigh(student, output, alpha, seen))
+            self.sums += dist.all_reduce_sum(seen)
+            losses |= {f"{i + 1}/{name}" if i else name: value for name, value in part.items()}
+        return losses
+
+    def _weigh(self, student: Detector, output: Any, alpha: Tensor | None, seen: Tensor) -> Weigh:
+        """Multiplies foreground by alpha [K], and adds p, v of the candidates to `seen` [2, K]."""
+        dynamic = self.options.gamma1 > 0 or self.options.gamma2 > 0
+
+        def weigh(candidates: Candidates) -> Weights:
+            if dynamic and candidates.stage in JUDGED:
+                labels, certainty = foreground_certainty(student, output, candidates, self.options.certainty)
+                seen.add_(class_sums(labels, certainty, student.num_classes))
+            if alpha is None or candidates.stage not in REWEIGHTED:
+                return Weights()
+            each = alpha[candidates.labels.clamp(0, len(alpha) - 1)].where(candidates.matched >= 0, 1.0)  # [M]
+            return Weights(each, each)
+
+        return weigh
+
+    def _confident(self, detections: Instances) -> Instances:
+        """The same detections, their score what is held against the threshold."""
+        assert detections.scores is not None
+        if not self.options.certainty:
+            return detections
+        assert detections.quality is not None
+        v = detections.quality.clamp(min=1e-6)
+        # A detector that ranks by quality gives sqrt(p * v).
+        p = (detections.scores**2 / v).clamp(max=1) if self._ranks_by_quality() else detections.scores
+        score = {"p": p, "pv": p * v, "sqrt_pv": (p * v).sqrt()}[self.options.threshold_on]
+        return Instances(detections.boxes, detections.labels, score, detections.quality)
+
+    def _ranks_by_quality(self) -> bool:
+        return isinstance(self.student, PyramidDetector) and self.student.options.rank_by_quality
+
+    def after_step(self, step: int) -> None:
+        """The teacher becomes the student once, at the end of stage one, and its average only where that is asked."""
+        if not self._averages:
+            self._averages = [Ema(teacher, student) for student, teacher in self.pairs()]
+        for average in self._averages:
+            if step == self.plan.burn_in - 1:
+                average.copy()
+            elif step >= self.plan.burn_in and self.options.teacher == "ema":
+                average.update(self.plan.ema_decay)  # no warm-up: the teacher is a trained network
+
+    def train(self, mode: bool = True) -> RPL:
+        super().train(mode)
+        for _, teacher in self.pairs():
+            teacher.eval()
+        return self
+
+    def networks(self) -> dict[str, Detector]:
+        """The second student is saved as `student2`; validation scores both of them as `students`, see `together`."""
+        return super().networks() | ({} if self.student2 is None else {"student2": self.student2})
+
+    def together(self) -> dict[str, Detector]:
+        students = [student for student, _ in self.pairs()]
+        return {"students": Together(students)} if len(students) > 1 else {}
+
+    def by_class(self) -> dict[str, Tensor]:
+        return {"tau": self.thresholds(), "alpha": self.weights(), "certainty": relative_certainty(self.sums)}
+
+
+def _twin(student: Detector) -> Detector:
+    """A detector like `student` that starts elsewhere: the same backbone, all above it drawn anew."""
+    twin = build_detector(**student.spec)
+    twin.backbone.load_state_dict(student.backbone.state_dict())
+    return twin
+
+
+def _check_quality(student: Detector) -> None:
+    name = student.spec["name"]
+    if not isinstance(student, PyramidDetector):
+        raise UserError(
+            f"strategy.certainty=true needs boxes with a localisation quality, which detector={name} cannot give; "
+            "set strategy.certainty=false, or take fcos, retinanet or faster_rcnn with detector.codec=bucket."
+        )
+    if student.options.codec != "bucket":
+        raise UserError(
+            f"strategy.certainty=true needs boxes with a localisation quality, and detector.codec="
+            f"{student.options.codec} is not the paper's; set detector.codec=bucket, or strategy.certainty=false."
+        )
