@@ -17,8 +17,7 @@ demo: $(READY)  ## train on the drawn demo set: under 4 minutes on 2 cores
 	$(BIN)/ssod train cfg=demo.yaml
 
 demo-full: $(READY)  ## supervised against mean_teacher, 3 seeds: 20-30 minutes on 2 cores
-	$(BIN)/python -m ssod.report.study cfg=demo_full.yaml seeds=3 jobs=2 out=runs/demo-full \
-	  arm.supervised='strategy=supervised strategy.ema=true' arm.mean_teacher='strategy=mean_teacher'
+	$(BIN)/python tests/bench/study.py tests/bench/grids/demo.yaml arms=supervised,mean_teacher jobs=2 out=runs/demo-full
 
 test: $(READY) lint  ## all fast tests
 	$(BIN)/python -m pytest
@@ -29,6 +28,7 @@ test-slow: $(READY)
 bench: $(READY)  ## speed against peers, as ratios
 	$(BIN)/python tests/bench/bench_loader.py
 	$(BIN)/python tests/bench/bench_step.py
+	$(BIN)/python tests/bench/bench_index.py
 	$(BIN)/python tests/bench/bench_deform_attn.py
 
 lint: $(READY)
