@@ -1,4 +1,4 @@
-"""Learning rate, groups, number formats; the log's table; studies."""
+"""Learning rate, groups, number formats; the log's table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from ssod.engine.log import Averages, progress_text
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.nn import precision
 from ssod.nn.precision import amp_dtype, lay_out
-from ssod.report.study import table
 from ssod.report.table import Table
 
 
@@ -109,11 +108,3 @@ def test_starvation_is_said_once_after_three_lines() -> None:
     said = [alarm.look(v) for v in ({}, hungry, hungry, hungry | {"pseudo/per_image": 3.0}, *[hungry] * 6)]
     assert [s is not None for s in said] == [False] * 6 + [True] + [False] * 3
     assert Starvation(False).look(hungry) is None
-
-
-def test_the_study_table_by_hand() -> None:
-    def result(ap: float) -> dict[str, object]:
-        return {"burn_in": None, "final": {"student": {"AP": ap, "AP50": 2 * ap, "AP75": 0.0}}}
-
-    text = table({"control": [result(0.1), result(0.2), result(0.3)]})
-    assert "| control | student | 3 | 20.0 ± 10.0 | 40.0 ± 20.0 | 0.0 ± 0.0 | 10.0, 20.0, 30.0 |" in text
