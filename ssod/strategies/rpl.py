@@ -34,7 +34,7 @@ REWEIGHTED = (*JUDGED, "aux")  # an RPN's candidates and an encoder's proposals 
 
 class RPL(TeacherStudent):
     class Options(TeacherStudentOptions):
-        tau: float = Field(0.7, ge=0, le=1, description="threshold of pseudo boxes that each class's own derives from")
+        tau: float = Field(0.7, ge=LOWEST, le=1, description="threshold of pseudo boxes that each class's own derives from")
         teacher: Literal["frozen", "ema"] = Field(
             "frozen", description="in stage two: as stage one left it, or a moving average of the student"
         )
