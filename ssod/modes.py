@@ -47,7 +47,7 @@ class TrainConfig(RunFolder, Inference, Data):
     )
     unlabeled: str = Field(
         "auto",
-        description="unlabelled images: auto (rest of train, the YAML's `unlabeled`), rest, none, folder, list or glob",
+        description="auto (rest of train, the YAML's `unlabeled`), rest, none; a folder, list, glob or tars of images",
     )
     augment: Augment = Field(Augment(), description="views of the images; a paper's name sets all three")
     augment_on: Literal["worker", "device"] = Field("worker", description="where the strong view's pixel work runs")

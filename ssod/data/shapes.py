@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from ssod.data.store import cache_folder
+
 VERSION = 3  # part of the folder's name: raise it when a change alters a pixel
 SIZE = 128  # pixels
 NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
@@ -32,7 +34,7 @@ def shapes_yaml(cache: Path | None = None) -> Path:
 
     cache: parent folder; default: $SSOD_CACHE, else ~/.cache/ssod. An interrupted drawing leaves nothing behind.
     """
-    cache = cache or Path(os.environ.get("SSOD_CACHE") or Path.home() / ".cache" / "ssod")
+    cache = cache or cache_folder()
     folder = cache / f"shapes-{VERSION}"
     if not (folder / "shapes.yaml").is_file():
         cache.mkdir(parents=True, exist_ok=True)
