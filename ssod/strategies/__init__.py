@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssod.config import validate
+from ssod.detectors import DETECTORS, detector_class
 from ssod.detectors.base import Detector
 from ssod.errors import UserError, did_you_mean
 from ssod.strategies.base import Plan, Strategy
@@ -14,7 +15,10 @@ from ssod.strategies.base import Plan, Strategy
 STRATEGIES = {
     "supervised": "ssod.strategies.supervised:Supervised",
     "mean_teacher": "ssod.strategies.mean_teacher:MeanTeacher",
+    "unbiased_teacher": "ssod.strategies.unbiased_teacher:UnbiasedTeacher",
+    "soft_teacher": "ssod.strategies.soft_teacher:SoftTeacher",
     "rpl": "ssod.strategies.rpl:RPL",
+    "prc": "ssod.strategies.prc:PRC",
 }
 
 
@@ -35,6 +39,12 @@ def build_strategy(name: str, student: Detector, options: Mapping[str, Any], pla
         if not isinstance(student, capability):
             raise UserError(
                 f"strategy={name} needs a detector with {capability.__name__}, "
-                f"which {type(student).__name__} does not have."
+                f"which {type(student).__name__} does not have; choose {' or '.join(_able(capability))}."
             )
     return cls(student, validate(cls.Options, options, "strategy."), plan)  # type: ignore[call-arg]
+
+
+def _able(capability: type[Any]) -> list[str]:
+    """The detectors that have a capability, by name."""
+    verbs = [n for n, value in vars(capability).items() if callable(value) and not n.startswith("_")]
+    return [name for name in DETECTORS if all(hasattr(detector_class(name), verb) for verb in verbs)]

@@ -159,7 +159,9 @@ def test_a_missing_capability_is_named() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "strategy_class", lambda name: NeedsRegions)
-        with pytest.raises(UserError, match="needs a detector with HasRegions, which FCOS does not have"):
+        with pytest.raises(
+            UserError, match="needs a detector with HasRegions, which FCOS does not have; choose faster_rcnn"
+        ):
             build_strategy("x", detector(), {}, Plan(1, 0, 0.9))
         build_strategy("x", detector("faster_rcnn"), {}, Plan(1, 0, 0.9))
 

@@ -1,0 +1,138 @@
+"""Soft Teacher (Xu et al., ICCV 2021): backgrounds weighted by the teacher's doubt, boxes chosen by jittering them.
+
+Classes and boxes learn from different pseudo boxes, each by its own measure: the score for classes and the RPN; for
+boxes, how little the teacher's answer moves when its question does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssod.detectors.base import Detector, HasRegions
+from ssod.errors import UserError
+from ssod.strategies.base import Plan, StepOutput
+from ssod.strategies.reliability import WeakView, region_background
+from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.structures import Candidates, Instances, SemiBatch, Weigh, Weights
+
+
+class SoftTeacher(TeacherStudent):
+    class Options(TeacherStudentOptions):
+        candidates: float = Field(0.5, ge=0, le=1, description="lowest score of a box that is looked at at all")
+        tau: float = Field(0.9, ge=0, le=1, description="lowest score of a box that teaches classes and the RPN")
+        weight: float = Field(4.0, ge=0, description="w_u, weight of the unlabelled images' loss")
+        nms: float = Field(0.5, gt=0, le=1, description="NMS threshold of the teacher's boxes")
+        soft_background: bool = Field(
+            True, description="background candidates weighted by the teacher's background probability"
+        )
+        jitters: int = Field(
+            10, ge=0, description="jittered copies that choose the boxes to learn from; 0 = choose by the score tau"
+        )
+        jitter: float = Field(0.06, gt=0, description="standard deviation of a copy's sides, as a share of the box")
+        spread: float = Field(0.02, gt=0, description="largest spread of the refined copies, as a share of the box")
+
+    options: Options
+    needs = (HasRegions,)
+    teacher: Any  # a Detector with HasRegions
+
+    def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
+        super().__init__(student, options, plan)
+        if options.jitters == 1:
+            raise UserError("strategy.jitters=1 has no spread; give at least 2 copies, or 0 to choose boxes by score.")
+
+    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+        assert batch.weak is not None
+        assert batch.strong is not None
+        seen = self.teacher_output(batch.weak)
+        found = self.decode(seen, min(self.options.candidates, self.options.tau))
+        mapped = self.to_strong(batch, self.mark_steady(seen, found))
+        classes = [_bare(m[_scores(m) > self.options.tau]) for m in mapped]
+        boxes = [_bare(m[_steady(m)]) for m in mapped]
+
+        # Two sets of targets, so the candidates are assigned and sampled twice, as in the authors' code.
+        output = self.student_output(batch.strong)
+        losses = self.student.loss(output, classes, self.weigh_classes(WeakView.of(batch, seen)))
+        for name, value in self.student.loss(output, boxes, weigh_boxes).items():
+            losses[name] = losses[name] + value
+        out = self.step_output(losses, step, found, classes, self.options.tau)
+        out.stats["pseudo/boxes_per_image"] = sum(map(len, boxes)) / len(boxes)
+        return out
+
+    @torch.no_grad()
+    def mark_steady(self, seen: Any, found: list[Instances]) -> list[Instances]:
+        """Boxes with a `box_weight` of 1 where boxes may be learned from them and 0 elsewhere."""
+        if not self.options.jitters:
+            return [replace(f, box_weight=(_scores(f) > self.options.tau).float()) for f in found]
+        spreads = self.spreads(seen, found)
+        return [replace(f, box_weight=(s < self.options.spread).float()) for f, s in zip(found, spreads, strict=True)]
+
+    @torch.no_grad()
+    def spreads(self, seen: Any, found: list[Instances]) -> list[Tensor]:
+        """How much the teacher's answers to jittered copies of each box differ: [N] of each image, in box sides.
+
+        The standard deviation of each side over the refined copies, divided by the mean width or height of these (at
+        least 1 px), mean over the four sides (section 3.3, and the authors' code).
+        """
+        times = self.options.jitters
+        copies = [jittered(f.boxes, times, self.options.jitter) for f in found]  # [times, N, 4]
+        labels = [f.labels.repeat(times) for f in found]
+        if not sum(map(len, found)):
+            return [f.boxes.new_zeros(0) for f in found]
+        refined = self.teacher.refine(seen, [c.flatten(0, 1) for c in copies], labels)
+        return [_spread(r.boxes.view(times, -1, 4)) for r in refined]
+
+    def weigh_classes(self, view: WeakView) -> Weigh:
+        """Foreground 1, background the teacher's background probability; the loss is sum(w CE) / sum(w)."""
+
+        def weigh(candidates: Candidates) -> Weights:
+            if candidates.stage == "rpn":
+                return Weights()
+            foreground = candidates.matched >= 0
+            weight = foreground.float()
+            if self.options.soft_background:
+                weight = weight + region_background(self.teacher, view, candidates, ~foreground)
+            else:
+                weight = torch.ones_like(weight)
+            scale = candidates.divisor / weight.sum().clamp(min=1)
+            return Weights(cls=weight * scale, box=torch.zeros_like(weight))
+
+        return weigh
+
+
+def weigh_boxes(candidates: Candidates) -> Weights:
+    """The regions' boxes and nothing else."""
+    none = candidates.boxes.new_zeros(len(candidates.labels))
+    return Weights(cls=none, box=none if candidates.stage == "rpn" else None)
+
+
+def jittered(boxes: Tensor, times: int, jitter: float) -> Tensor:
+    """Copies of boxes [N, 4] whose four sides moved by normal noise of `jitter` times the width or height (at least
+    1 px): [times, N, 4]."""
+    side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).repeat(1, 2)  # [N, 4] w, h, w, h
+    return boxes + torch.randn(times, *boxes.shape, device=boxes.device) * side * jitter
+
+
+def _spread(copies: Tensor) -> Tensor:
+    """[times, N, 4] -> [N]."""
+    mean = copies.mean(dim=0)
+    side = (mean[:, 2:] - mean[:, :2]).clamp(min=1).repeat(1, 2)  # [N, 4]
+    return (copies.std(dim=0) / side).mean(dim=1)
+
+
+def _scores(instances: Instances) -> Tensor:
+    assert instances.scores is not None
+    return instances.scores
+
+
+def _steady(instances: Instances) -> Tensor:
+    assert instances.box_weight is not None
+    return instances.box_weight > 0
+
+
+def _bare(instances: Instances) -> Instances:
+    return Instances(instances.boxes, instances.labels)
