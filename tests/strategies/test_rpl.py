@@ -137,7 +137,8 @@ def test_without_certainty_the_score_stands() -> None:
 
 def test_each_class_has_its_own_threshold_for_pseudo_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     s = strategy(tau=0.7, gamma1=0.5, gamma2=0.0)
-    # counts 1, 1, 4: n = 2; c = 0.5, 2, 3.6: ratios 0.25, 1, 1.8: sqrt 0.5, 1, 1.342: tau 0.35 -> 0.4, 0.7, 0.939 -> 0.9
+    # counts 1, 1, 4: n = 2; c = 0.5, 2, 3.6: ratios 0.25, 1, 1.8, their roots 0.5, 1, 1.342; times 0.7:
+    # 0.35 -> 0.4, 0.7, 0.939 -> 0.9
     s.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))
     assert s.thresholds().tolist() == pytest.approx([0.4, 0.7, 0.9])
     detections = found((0, 0.45, 0.5), (0, 0.39, 0.5), (1, 0.75, 0.5), (1, 0.69, 0.5), (2, 0.91, 0.5), (2, 0.89, 0.5))
