@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssod.data import coco, shards, voc, yolo
-from ssod.data.found import Found, walk_images
+from ssod.data.found import Found
 from ssod.data.listing import is_glob
 from ssod.data.samples import Inspector, Sample
 from ssod.errors import UserError
@@ -115,8 +115,6 @@ def _folder(folder: Path, root: Path, split: str, where: str) -> Found:
     if labels is not None:
         fits.append(Found("YOLO", root, split, folder, labels))
     if split == "unlabeled" and shards.find_tars(folder):
-        if next(walk_images(folder), None) is not None:
-            raise UserError(f"{where}: {folder} holds tars and images; point '{split}' at the one or the other.")
         fits.append(Found("tars", root, split, folder, None))
     if len(fits) > 1:
         both = " and ".join(f"{f.format} ({f.annotations or f.images})" for f in fits)

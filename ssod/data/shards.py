@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, is_image
+from ssod.data.found import Found, is_image, walk_images
 from ssod.data.image import ImageError, image_size
 from ssod.data.listing import is_glob
 from ssod.data.samples import Inspector
@@ -44,11 +44,14 @@ def find_tars(source: Path) -> list[Path]:
     """The tars that a path means: a .tar, a range `pool-{000000..000127}.tar`, a glob `*.tar`, or a folder that holds
     some; sorted, a range as it counts. Empty where it means none.
 
-    Raises UserError for a range of which tars are missing.
+    Raises UserError for a range of which tars are missing, and for a folder that holds images as well.
     """
     if source.is_dir():
         with os.scandir(source) as entries:
-            return sorted(source / e.name for e in entries if is_tar(e.name) and not e.name.startswith("."))
+            tars = sorted(source / e.name for e in entries if is_tar(e.name) and not e.name.startswith("."))
+        if tars and next(walk_images(source), None) is not None:
+            raise UserError(f"{source} holds tars and images; point 'unlabeled' at the one or the other.")
+        return tars
     if not is_tar(source.name):
         return []
     if source.is_file():

@@ -85,6 +85,9 @@ def _unlabeled(config: TrainConfig, rest: SampleTable, notes: list[str]) -> Samp
         inspector = Inspector(config.strict)
         out = read_tars(tars, inspector) if tars else SampleTable.of(_folder(config.unlabeled))
         notes += [str(problem) for problem in inspector.problems]
+        if tars and not out:
+            first = f" The first problem: {inspector.problems[0]}." if inspector.problems else ""
+            raise UserError(f"unlabeled={config.unlabeled}: no usable image in {len(tars)} tars.{first}")
     if not out:
         raise UserError(
             f"strategy={config.strategy.name} finds no unlabelled image (labeled={config.labeled}, "

@@ -135,6 +135,18 @@ def test_tars_hold_no_labelled_images(yolo_folder: YoloFolder) -> None:
     assert "holds tars and images" in refusal(yolo_folder.yaml, "unlabeled")
 
 
+def test_tars_without_an_image_are_refused_with_the_reason(yolo_folder: YoloFolder) -> None:
+    tar = yolo_folder.root / "pool" / "a.tar"
+    write_tar(tar, {"a.txt": b"0"})
+    tar.write_bytes(tar.read_bytes()[:600])
+    with open(yolo_folder.yaml, "a") as yaml:
+        yaml.write("val: images/train\n")
+    with pytest.raises(UserError, match=r"no usable image in 1 tars\..*unexpected end"):
+        build_data(load_config("train", {"data": str(yolo_folder.yaml), "unlabeled": str(tar), "labeled": 2}))
+    yolo_folder.yaml.write_text("unlabeled: pool\nnames: [carp, pike]\n")
+    assert "unexpected end" in refusal(yolo_folder.yaml, "unlabeled")
+
+
 # ----------------------------------------------------------------- the index
 
 
