@@ -119,9 +119,11 @@ def jittered(boxes: Tensor, times: int, jitter: float) -> Tensor:
 
 def _spread(copies: Tensor) -> Tensor:
     """[times, N, 4] -> [N]."""
-    mean = copies.mean(dim=0)
+    mean = copies.sum(dim=0) / len(copies)
+    # The standard deviation written out: `std` warns of an image without boxes.
+    deviation = ((copies - mean).square().sum(dim=0) / (len(copies) - 1)).sqrt()
     side = (mean[:, 2:] - mean[:, :2]).clamp(min=1).repeat(1, 2)  # [N, 4]
-    return (copies.std(dim=0) / side).mean(dim=1)
+    return (deviation / side).mean(dim=1)
 
 
 def _scores(instances: Instances) -> Tensor:
