@@ -54,21 +54,26 @@ def plot_by_class(folder: Path, history: Sequence[dict[str, Any]]) -> Path | Non
         return None
     last: dict[str, dict[str, float]] = entries[-1]["by_class"]
     steps = [h["step"] for h in entries]
-    figure = Figure(figsize=(5 * len(last), 4), layout="constrained")
+    first = next(iter(last.values()))
+    order = sorted(first, key=first.__getitem__, reverse=True)
+    named = order if len(order) <= NAMED else [*order[: NAMED // 2], *order[-(NAMED // 2) :]]
+    figure = Figure(figsize=(4.5 * len(last) + 1.5, 4), layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, len(last), squeeze=False)[0])
-    for ax, (number, by_name) in zip(axes, last.items(), strict=True):
-        order = sorted(by_name, key=by_name.__getitem__, reverse=True)
-        named = order if len(order) <= NAMED else [*order[: NAMED // 2], *order[-(NAMED // 2) :]]
+    for ax, number in zip(axes, last, strict=True):
         for name in order:
             values = [h["by_class"][number][name] for h in entries]
             if name in named:
-                ax.plot(steps, values, marker=".", label=f"{name} {values[-1]:.2f}")
+                ax.plot(steps, values, marker=".", label=name, color=f"C{named.index(name)}")
             else:
                 ax.plot(steps, values, color="lightgray", linewidth=1, zorder=0)
-        ax.set_title(f"{number} by class" + (f": {NAMED // 2} highest, {NAMED // 2} lowest" if named != order else ""))
+        if max(last[number].values()) > 10 * min(last[number].values()):
+            ax.set_yscale("symlog", linthresh=0.1)
+        ax.set_title(f"{number} by class")
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+    lines, labels = axes[0].get_legend_handles_labels()
+    title = "classes" if named is order else f"of {len(order)} classes the\n{NAMED // 2} highest, {NAMED // 2} lowest"
+    figure.legend(lines, labels, loc="outside right upper", fontsize=8, title=title)
     path = folder / "by_class.png"
     figure.savefig(path, dpi=110)
     return path

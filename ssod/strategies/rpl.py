@@ -34,7 +34,9 @@ REWEIGHTED = (*JUDGED, "aux")  # an RPN's candidates and an encoder's proposals 
 
 class RPL(TeacherStudent):
     class Options(TeacherStudentOptions):
-        tau: float = Field(0.7, ge=LOWEST, le=1, description="threshold of pseudo boxes that each class's own derives from")
+        tau: float = Field(
+            0.7, ge=LOWEST, le=1, description="threshold of pseudo boxes that each class's own derives from"
+        )
         teacher: Literal["frozen", "ema"] = Field(
             "frozen", description="in stage two: as stage one left it, or a moving average of the student"
         )
@@ -184,7 +186,7 @@ class RPL(TeacherStudent):
         return {"students": Together(students)} if len(students) > 1 else {}
 
     def by_class(self) -> dict[str, Tensor]:
-        return {"tau": self.thresholds(), "alpha": self.weights(), "certainty": relative_certainty(self.sums)}
+        return {"certainty": relative_certainty(self.sums), "tau": self.thresholds(), "alpha": self.weights()}
 
 
 def _twin(student: Detector) -> Detector:
