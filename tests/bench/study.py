@@ -1,12 +1,13 @@
 """Compare settings over seeds: run every arm of a grid with every seed, then write a page of means and spreads.
 
-    python tests/bench/study.py GRID.yaml out=runs/NAME jobs=2 data_path=DIR weights=FILE
-    python tests/bench/study.py GRID.yaml out=runs/NAME jobs=12 device=cuda pages=docs/results
+    python tests/bench/study.py GRID.yaml jobs=2 data_path=DIR weights=FILE
+    python tests/bench/study.py GRID.yaml jobs=12 device=cuda labeled=5% name=bccd5 pages=docs/results
 
-out     folder of the study: train/ with the runs, runs.jsonl with a line a finished run (default: runs/GRID)
+name    of the study; default: the grid's
+out     its folder: train/ with the runs, runs.jsonl with a line a finished run (default: runs/NAME)
 jobs    runs side by side, each a process of its own with one thread
 arms    arms=a,b: only these arms of the grid; seeds=0,1: only these seeds
-pages   folder of GRID.md and GRID.png (default: out)
+pages   folder of NAME.md and NAME.png (default: out)
 Any other word is a value of `ssod train` for all arms. docs: tests/bench/study_grid.py tells what a grid holds.
 
 Start it again with the same words and it goes on: what is in runs.jsonl is not repeated, half a run is resumed. A run
@@ -42,7 +43,7 @@ from ssod.errors import UserError
 from ssod.report.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("out", "jobs", "arms", "seeds", "pages")
+OWN = ("name", "out", "jobs", "arms", "seeds", "pages")
 TRIES = 3  # starts of one run in one go
 PAUSE = 0.2  # seconds between two looks at the processes
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -263,7 +264,8 @@ def main(words: Sequence[str]) -> int:
         given = parse_words(words[1:])
         own = {k: given.pop(k) for k in OWN if k in given}
         path = Path(words[0])
-        out = Path(str(own.get("out", f"runs/{path.stem}")))
+        name = str(own.get("name", path.stem))
+        out = Path(str(own.get("out", f"runs/{name}")))
         grid = read_grid(path, given, _list(own.get("arms")), _numbers(own.get("seeds")))
         runs = runs_of(grid, out)
         study = Study(runs, out, int(own.get("jobs", 2)), given)
@@ -271,20 +273,21 @@ def main(words: Sequence[str]) -> int:
         print(f"study: {error}", file=sys.stderr)
         return 2
     code = study.work()
-    return max(code, report(grid, runs, study.records(), Path(str(own.get("pages", out))), words))
+    page = Path(str(own.get("pages", out))) / f"{name}.md"
+    report(grid, runs, study.records(), page, words)
+    return code
 
 
-def report(grid: Grid, runs: Sequence[Run], records: list[dict[str, Any]], pages: Path, words: Sequence[str]) -> int:
+def report(grid: Grid, runs: Sequence[Run], records: list[dict[str, Any]], page: Path, words: Sequence[str]) -> None:
     """Print and write what there is, whole or not; only the runs of this grid as it stands count."""
     wanted = {(r.arm, r.seed, r.digest): r for r in runs}
     found = {key: r for r in records if (key := (r["arm"], r["seed"], r["config"])) in wanted}
     if not found:
-        return 0
+        return
     ordered = [found[key] for key in wanted if key in found]
     print(summary_text(ordered, grid.control))
-    pages.mkdir(parents=True, exist_ok=True)
-    write_page(pages / f"{grid.name}.md", grid, ordered, len(runs), words)
-    return 0
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, grid, ordered, len(runs), words)
 
 
 def _list(value: Any) -> list[str] | None:

@@ -1,7 +1,7 @@
 """A study's grid: which settings are compared, over which seeds, and how each of them is told from others.
 
     title: one line, the heading of the page
-    cfg: demo_full.yaml                  # recipe beneath everything (may be left out)
+    cfg: demo_full.yaml                  # a recipe of the package beneath everything (may be left out)
     base: {batch: 4}                     # values of every arm
     control: supervised                  # arm that the others are compared with
     seeds: [0, 1, 2]
@@ -36,7 +36,6 @@ PLACE = {"project", "name", "exist_ok", "device", "workers", "verbose", "plots",
 class Grid:
     """arms: {name: values of a training config}; control: one of the arms, or the empty string."""
 
-    name: str
     title: str
     control: str
     seeds: tuple[int, ...]
@@ -79,11 +78,11 @@ def read_grid(
     if control and control not in known:
         raise UserError(f"{path}: control={control} is none of its arms: {', '.join(known)}.")
 
-    recipe = read_cfg(find_yaml(content["cfg"], near=path.parent)) if "cfg" in content else {}
+    recipe = read_cfg(find_yaml(content["cfg"])) if "cfg" in content else {}
     base = merge(recipe, content.get("base") or {})
     values = {arm: merge(merge(base, known[arm] or {}), given) for arm in chosen}
     use = tuple(content.get("seeds", [0, 1, 2]) if seeds is None else seeds)
-    return Grid(path.stem, content.get("title", path.stem), control, use, values)
+    return Grid(content.get("title", path.stem), control, use, values)
 
 
 def runs_of(grid: Grid, out: Path) -> list[Run]:

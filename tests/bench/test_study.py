@@ -191,7 +191,7 @@ def test_a_loss_is_shown_as_one_and_missing_seeds_are_not_paired() -> None:
 
 def test_a_page_keeps_what_people_wrote_around_it(tmp_path: Path) -> None:
     page = tmp_path / "p.md"
-    grid = Grid("p", "A title", "control", (0, 1, 2), {})
+    grid = Grid("A title", "control", (0, 1, 2), {})
     write_page(page, grid, RECORDS, 6, ["grid.yaml", f"data_path={tmp_path / 'bccd'}", "jobs=2"])
     page.write_text(page.read_text().replace(BEGIN, f"Before.\n{BEGIN}") + "After.\n")
     write_page(page, grid, RECORDS[:3], 6, ["grid.yaml"])

@@ -1,0 +1,281 @@
+"""Time and peak memory of one training step of each strategy, against a supervised step and against the floor.
+
+    python tests/bench/bench_strategies.py --arms mean_teacher prc --rounds 5 [--device cuda] [--weights FILE]
+
+A semi-supervised step cannot do with less than its parts: forward, loss and backward on the labelled images, the same
+on the strong view of the unlabelled ones, and one inference of the teacher on their weak view. These three, measured in
+the same run with the arm's own detector, are its floor; with as many images of each kind it is about 7F, F a forward.
+Everything above it is the strategy's: thresholds, mapping, the teacher's second opinion, weights, moving average. The
+optimizer's step is in none of them.
+
+Arms are those of a grid (see study_grid.py), without its data: pictures are the demo set's, drawn anew. Each detector
+is first fitted to its pictures, so that the teacher finds about as many boxes as are there; how many is printed.
+Time: all alternate in one process; on a CPU process time at one thread, on CUDA wall time after a synchronisation;
+medians over the rounds. Memory: a fresh process for each, its peak above what the imports took (CPU), or the
+allocator's peak (CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from bench_step import alternate, status
+from study_grid import read_grid
+from torch import Tensor
+
+from ssod.config import validate
+from ssod.data.shapes import draw_image
+from ssod.detectors.base import Detector
+from ssod.engine.setup import build_student
+from ssod.modes import TrainConfig
+from ssod.nn.ema import frozen_copy
+from ssod.nn.precision import amp_dtype, autocast, lay_out
+from ssod.strategies import build_strategy, strategy_class
+from ssod.strategies.base import Plan, Strategy
+from ssod.structures import Instances, SemiBatch, View
+
+GRID = Path(__file__).parent / "grids" / "bccd10.yaml"
+STEP = 5000  # far behind burn-in and ramps
+FIT_LR = 5e-4
+PARTS = ("labelled", "unlabelled", "teacher")
+Step = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=Path, default=GRID)
+    parser.add_argument("--arms", nargs="+", help="arms of the grid besides the supervised one; default: all")
+    parser.add_argument("--weights", help="backbone's weights; default: random ones, frozen batch norm all the same")
+    parser.add_argument("--classes", type=int, default=3)
+    parser.add_argument("--size", type=int, help="side of the pictures, pixels; default: the grid's imgsz")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fit", type=int, default=60, help="steps of fitting each detector to the pictures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ARM", "STATE"), help="print bytes and leave")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    values = read_grid(args.grid, {}).arms
+    if args.memory_of:
+        arm, state = args.memory_of
+        print(json.dumps(peak_memory(config_of(values[arm], args), state, args)))
+        return
+    arms = ["supervised", *(a for a in args.arms or values if a != "supervised")]
+    configs = {arm: config_of(values[arm], args) for arm in arms}
+    print_head(configs["supervised"], args)
+
+    with tempfile.TemporaryDirectory() as folder:
+        states: dict[str, Path] = {}  # fitted weights of each distinct detector
+        steps: dict[tuple[str, str], Step] = {}
+        strategies: dict[str, Strategy] = {}
+        for arm, config in configs.items():
+            key = detector_key(config)
+            if key not in states:
+                states[key] = Path(folder) / f"{len(states)}.pt"
+                torch.save(fit(config, args), states[key])
+                for part, step in parts(config, states[key], args).items():
+                    steps[key, part] = step
+            strategies[arm] = strategy_of(config, states[key], args)
+            steps[arm, "step"] = strategy_step(strategies[arm], config, args)
+        times = alternate(steps, args)
+        memory = {arm: memory_in_fresh_process(arm, states[detector_key(c)], args) for arm, c in configs.items()}
+        boxes = {arm: pseudo_boxes(strategies[arm], configs[arm], args) for arm in arms}
+
+    report = {}
+    print("| arm | ms | / supervised | floor, ms | / floor | pseudo boxes an image | peak GB | / supervised |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm, config in configs.items():
+        taken = times[arm, "step"]
+        own = {p: times[detector_key(config), p] for p in PARTS}
+        semi = strategies[arm].uses_unlabeled
+        floor = sum(own.values()) if semi else own["labelled"]
+        report[arm] = {"ms": taken, "floor": floor, "parts": own, "bytes": memory[arm], "boxes": boxes[arm]}
+        print(
+            f"| {arm} | {taken:.0f} | {taken / times['supervised', 'step']:.2f} | {floor:.0f} | {taken / floor:.2f} | "
+            f"{'-' if boxes[arm] is None else f'{boxes[arm]:.1f}'} | {memory[arm] / 1e9:.2f} | "
+            f"{memory[arm] / memory['supervised']:.2f} |"
+        )
+    for key in states:
+        print(f"\nparts with {key}: " + ", ".join(f"{p} {times[key, p]:.0f} ms" for p in PARTS))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+def print_head(config: TrainConfig, args: argparse.Namespace) -> None:
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, {where}, 1 thread, load {os.getloadavg()[0]:.1f}, "
+        f"{time.strftime('%Y-%m-%d')}; {config.detector.name} on {config.backbone}, {config.imgsz} px, "
+        f"{config.batch} + {config.unlabeled_per_step} images, medians of {args.rounds} rounds\n"
+    )
+
+
+def config_of(values: Mapping[str, Any], args: argparse.Namespace) -> TrainConfig:
+    """An arm's config for synthetic pictures: frozen batch norm as with the weights that the grid expects."""
+    given: dict[str, Any] = {"weights": args.weights, "frozen_norm": True}
+    if args.size:
+        given["imgsz"] = args.size
+    config: TrainConfig = validate(TrainConfig, {**values, **given}, "")
+    return config
+
+
+def detector_key(config: TrainConfig) -> str:
+    return ", ".join(f"{k}={v}" for k, v in config.detector.options.items())
+
+
+def pictures(count: int, seed: int, config: TrainConfig, args: argparse.Namespace) -> View:
+    """Drawn images of the demo set, enlarged, with their annotations."""
+    side = config.imgsz
+    assert isinstance(side, int)
+    images, targets = [], []
+    for i in range(count):
+        drawn, boxes, labels = draw_image(np.random.default_rng([seed, i]))
+        pixels = torch.from_numpy(drawn).permute(2, 0, 1)[None].float()
+        images.append(F.interpolate(pixels, (side, side), mode="bilinear").round().byte()[0])
+        places = torch.as_tensor(boxes).float() * (side / drawn.shape[0])
+        targets.append(Instances(places, torch.as_tensor(labels).long() % args.classes))
+    stack = torch.stack(images)
+    sizes = torch.tensor([[side, side]]).expand(count, 2)
+    matrices = torch.eye(3, dtype=torch.float64).expand(count, 3, 3)
+    return View(stack, sizes, matrices, targets, list(range(count))).to(args.device)
+
+
+def batch_of(config: TrainConfig, args: argparse.Namespace) -> tuple[SemiBatch, list[Instances]]:
+    """A step's images, and the true boxes of the strong view: the mirrored weak one."""
+    labeled, weak = pictures(config.batch, 0, config, args), pictures(config.unlabeled_per_step, 1, config, args)
+    side = config.imgsz
+    mirror = torch.tensor([[-1.0, 0, side], [0, 1, 0], [0, 0, 1]], dtype=torch.float64, device=weak.matrices.device)
+    true = []
+    for t in weak.targets:
+        x1, y1, x2, y2 = t.boxes.unbind(1)
+        true.append(t.with_boxes(torch.stack([side - x2, y1, side - x1, y2], 1)))
+    none = [Instances.empty(args.device) for _ in true]
+    strong = View(weak.images.flip(-1), weak.sizes, (mirror @ weak.matrices), none, weak.indices)
+    hidden = View(weak.images, weak.sizes, weak.matrices, none, weak.indices)
+    return SemiBatch(labeled, hidden, strong), true
+
+
+def new_student(config: TrainConfig, args: argparse.Namespace, state: Path | None) -> Detector:
+    torch.manual_seed(0)
+    student, _ = build_student(config, [f"class {i}" for i in range(args.classes)])
+    if state is not None:
+        student.load_state_dict(torch.load(state, weights_only=True))
+    student.to(args.device).train()
+    lay_out(student, amp_dtype(config.amp, torch.device(args.device), student))
+    return student
+
+
+def fit(config: TrainConfig, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Weights of a detector that knows the pictures of the step, both views of the unlabelled ones included."""
+    student = new_student(config, args, None)
+    batch, true = batch_of(config, args)
+    assert batch.strong is not None
+    weak = pictures(config.unlabeled_per_step, 1, config, args)
+    views = [(batch.labeled, batch.labeled.targets), (batch.strong, true), (weak, weak.targets)]
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], FIT_LR)
+    for i in range(args.fit):
+        view, targets = views[i % 3]
+        losses_of(student, view, targets, config, args).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: v.cpu() for k, v in student.state_dict().items()}
+
+
+def losses_of(
+    student: Detector, view: View, targets: list[Instances], config: TrainConfig, args: argparse.Namespace
+) -> Tensor:
+    device = torch.device(args.device)
+    with autocast(amp_dtype(config.amp, device, student), device):
+        losses = student.loss(student.head(student.features(view.images, view.sizes)), targets)
+    return torch.stack([v.float() for v in losses.values()]).sum()
+
+
+def parts(config: TrainConfig, state: Path, args: argparse.Namespace) -> dict[str, Step]:
+    """What no semi-supervised step can do without, each by itself."""
+    student = new_student(config, args, state)
+    teacher = frozen_copy(student)
+    batch, true = batch_of(config, args)
+    labeled, weak, strong = batch.labeled, batch.weak, batch.strong
+    assert weak is not None
+    assert strong is not None
+    device = torch.device(args.device)
+
+    def learn(view: View, targets: list[Instances]) -> Step:
+        def step() -> None:
+            student.zero_grad(set_to_none=True)
+            losses_of(student, view, targets, config, args).backward()
+
+        return step
+
+    def teach() -> None:
+        with autocast(amp_dtype(config.amp, device, teacher), device):
+            teacher(weak.images, weak.sizes, conf=0.3)
+
+    return {"labelled": learn(labeled, labeled.targets), "unlabelled": learn(strong, true), "teacher": teach}
+
+
+def strategy_of(config: TrainConfig, state: Path, args: argparse.Namespace) -> Strategy:
+    name = config.strategy.name
+    options = {k: v for k, v in config.strategy.options.items() if k != "ema"}  # the control without its average
+    plan = Plan(2 * STEP, 1, config.ema_decay, strategy_class(name).two_stages)
+    strategy = build_strategy(name, new_student(config, args, state), options, plan)
+    return strategy.to(args.device).train()
+
+
+def strategy_step(strategy: Strategy, config: TrainConfig, args: argparse.Namespace) -> Step:
+    batch = batch_of(config, args)[0]
+    if not strategy.uses_unlabeled:
+        batch = SemiBatch(batch.labeled)
+    device = torch.device(args.device)
+
+    def step() -> dict[str, Any]:
+        strategy.zero_grad(set_to_none=True)
+        with autocast(amp_dtype(config.amp, device, strategy), device):
+            out = strategy(batch, STEP)
+        torch.stack([v.float() for v in out.losses.values()]).sum().backward()
+        strategy.after_step(STEP)
+        return out.stats
+
+    return step
+
+
+def pseudo_boxes(strategy: Strategy, config: TrainConfig, args: argparse.Namespace) -> float | None:
+    stats: Any = strategy_step(strategy, config, args)()
+    return float(stats["pseudo/per_image"]) if "pseudo/per_image" in stats else None
+
+
+def memory_in_fresh_process(arm: str, state: Path, args: argparse.Namespace) -> float:
+    words = [sys.executable, __file__, "--memory-of", arm, str(state), "--grid", str(args.grid)]
+    words += ["--classes", str(args.classes), "--device", args.device]
+    words += ["--size", str(args.size)] if args.size else []
+    words += ["--weights", args.weights] if args.weights else []
+    found: float = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return found
+
+
+def peak_memory(config: TrainConfig, state: str, args: argparse.Namespace) -> int:
+    """Bytes at the peak of three steps: weights of student and teacher, gradients, activations."""
+    before = 0 if args.device == "cuda" else status("VmRSS")
+    step = strategy_step(strategy_of(config, Path(state), args), config, args)
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() if args.device == "cuda" else status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    main()
