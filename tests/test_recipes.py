@@ -24,6 +24,26 @@ UNBIASED_TEACHER = {
     "coco_full.yaml": (32, 32, 180_000, 90_000, 2.0, 0.9996),
     "voc.yaml": (16, 16, 180_000, 30_000, 2.0, 0.999),
 }
+# Rethinking Pseudo Labels, section 3.1: steps of the teacher, steps of the student, short side
+RPL = {
+    "coco1_rpl.yaml": (6_000, 180_000, 800),
+    "coco2_rpl.yaml": (12_000, 180_000, 800),
+    "coco5_rpl.yaml": (30_000, 180_000, 800),
+    "coco10_rpl.yaml": (60_000, 180_000, 800),
+    "coco_full_rpl.yaml": (180_000, 180_000, 800),
+    "voc_rpl.yaml": (10_000, 90_000, 600),
+}
+# As published: its own focal loss, and the rest as above
+PUBLISHED = {"coco10": "coco10.yaml", "coco_full": "coco_full.yaml", "voc": "voc.yaml"}
+# batch, unlabelled batch, steps, weight, learning rate, steps at which it drops. Soft Teacher, ICCV 2021, 4.1 and its code;
+# LER/PRC, 4.2, whose learning rate is ours
+DROPPING = {
+    "coco10_soft_teacher": (8, 32, 180_000, 4.0, 0.01, [120_000, 160_000]),
+    "coco_full_soft_teacher": (32, 32, 720_000, 2.0, 0.01, [480_000, 640_000]),
+    "coco10_prc": (4, 16, 180_000, 4.0, 0.005, [120_000, 160_000]),
+    "coco_full_prc": (4, 16, 180_000, 4.0, 0.005, [120_000, 160_000]),
+    "voc_prc": (8, 8, 72_000, 2.0, 0.004, [48_000, 64_000]),
+}
 SPARSE = ("easy", "hard", "extreme", "50miss")
 
 
@@ -58,6 +78,54 @@ def test_semi_supervised_recipes_have_unbiased_teachers_numbers(name: str) -> No
     assert c.labeled == {"coco1.yaml": "1%", "coco2.yaml": "2%", "coco5.yaml": "5%", "coco10.yaml": "10%"}.get(
         name, "all"
     )
+
+
+@pytest.mark.parametrize("name", RPL)
+def test_rpl_recipes_have_its_numbers(name: str) -> None:
+    c = load_config("train", {"cfg": name})
+    teacher, student, short = RPL[name]
+    assert (c.burn_in, c.iters, c.imgsz) == (teacher, teacher + student, [short, 1333])
+    assert (c.batch, c.optimizer, c.lr0, c.momentum, c.weight_decay) == (8, "sgd", 0.01, 0.9, 1e-4)
+    assert c.schedule == "multistep"
+    rates = [lr_at(round(share * 180_000) + off, 180_000, c) for share in (2 / 3, 8 / 9) for off in (-1, 0)]
+    assert rates == pytest.approx([0.01, 0.001, 0.001, 0.0001])  # at 120k and 160k of 180k
+    found = {k: c.strategy.options[k] for k in ("tau", "weight", "gamma1", "gamma2")}
+    assert found == {"tau": 0.7, "weight": 1.0, "gamma1": 0.05, "gamma2": 0.6}
+    assert {"certainty", "teacher", "ensemble"}.isdisjoint(c.strategy.options)  # the defaults: on, frozen, one
+    assert (c.detector.name, c.backbone, c.detector.options["codec"]) == ("faster_rcnn", "resnet50", "bucket")
+    assert (c.detector.options["buckets"], c.augment.strong) == (30, "rpl")
+    shares = {"coco1_rpl.yaml": "1%", "coco2_rpl.yaml": "2%", "coco5_rpl.yaml": "5%", "coco10_rpl.yaml": "10%"}
+    assert c.labeled == shares.get(name, "all")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_unbiased_teacher_as_published(name: str) -> None:
+    c, base = load_config("train", {"cfg": f"{name}_unbiased_teacher.yaml"}), PUBLISHED[name]
+    found = (c.batch, c.batch_unlabeled, c.iters, c.burn_in, c.strategy.options["weight"], c.ema_decay)
+    assert found == UNBIASED_TEACHER[base]
+    assert (c.strategy.name, c.strategy.options["tau"]) == ("unbiased_teacher", 0.7)
+    assert c.detector.options == {"roi_focal_gamma": 1.5}
+    same = load_config("train", {"cfg": base})
+    assert (c.data, c.labeled, c.unlabeled, c.imgsz, c.augment) == (
+        *(same.data, same.labeled, same.unlabeled, same.imgsz, same.augment),
+    )
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_soft_teacher_and_prc_have_their_papers_numbers(name: str) -> None:
+    c = load_config("train", {"cfg": f"{name}.yaml"})
+    drops = [round(m * (c.iters or 0), -3) for m in c.milestones]
+    found = (c.batch, c.batch_unlabeled, c.iters, c.strategy.options["weight"], c.lr0, drops)
+    assert found == DROPPING[name]
+    assert (c.burn_in, c.ema_decay, c.schedule, c.augment.strong) == (0, 0.999, "multistep", "soft_teacher")
+    assert (c.detector.name, c.backbone, c.optimizer) == ("faster_rcnn", "resnet50", "sgd")
+    own = {k: v for k, v in c.strategy.options.items() if k != "weight"}
+    if c.strategy.name == "prc":
+        assert own == {"tau": 0.8, "ler": True, "prc": True}
+        assert c.detector.options == {"codec": "gaussian"}
+    else:
+        assert own == {"candidates": 0.5, "tau": 0.9, "jitters": 10, "jitter": 0.06, "spread": 0.02}
+        assert c.eval_on == "student"
 
 
 @pytest.mark.parametrize("kind", SPARSE)
