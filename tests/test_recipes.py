@@ -35,7 +35,7 @@ RPL = {
 }
 # As published: its own focal loss, and the rest as above
 PUBLISHED = {"coco10": "coco10.yaml", "coco_full": "coco_full.yaml", "voc": "voc.yaml"}
-# batch, unlabelled batch, steps, weight, learning rate, steps at which it drops. Soft Teacher, ICCV 2021, 4.1 and its code;
+# batch, unlabelled batch, steps, weight, learning rate, steps at which it drops. Soft Teacher, ICCV 2021, and its code;
 # LER/PRC, 4.2, whose learning rate is ours
 DROPPING = {
     "coco10_soft_teacher": (8, 32, 180_000, 4.0, 0.01, [120_000, 160_000]),
