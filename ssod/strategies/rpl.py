@@ -27,7 +27,7 @@ from ssod.strategies.foreground import JUDGED, foreground_certainty
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
 from ssod.structures import Candidates, Instances, SemiBatch, View, Weigh, Weights
 
-MEMORY = 0.999  # decay of Eq. 6's sums a step: about the last 1000 steps
+MEMORY = 0.999  # highest decay of Eq. 6's sums a step: about the last 1000 steps
 LOWEST = 0.05  # score below which no box of the teacher is looked at; thresholds are far above
 REWEIGHTED = (*JUDGED, "aux")  # an RPN's candidates and an encoder's proposals have no class to weigh them by
 
@@ -76,7 +76,8 @@ class RPL(TeacherStudent):
         return [(self.student, self.teacher), *second]
 
     def forward(self, batch: SemiBatch, step: int) -> StepOutput:
-        self.sums *= MEMORY
+        # About the latter half of the steps so far: what an untrained student was certain of must not linger.
+        self.sums *= min(MEMORY, step / (step + 2))
         return super().forward(batch, step)
 
     def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:

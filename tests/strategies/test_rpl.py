@@ -220,9 +220,11 @@ def test_the_sums_decay_and_gather_in_both_stages() -> None:
     s(batch(unlabeled=False), step=0)
     first = s.sums.clone()
     assert (first[1] > 0).tolist() == [True, True, False]
-    with torch.no_grad():
+    with torch.no_grad():  # the same batch by the same student
         s(batch(unlabeled=False), step=1)
-    torch.testing.assert_close(s.sums, first * (1 + MEMORY))  # the same batch by the same student
+        torch.testing.assert_close(s.sums, first * (1 + 1 / 3))  # decay 1 / (1 + 2)
+        s(batch(unlabeled=False), step=10_000)
+    torch.testing.assert_close(s.sums, first * (1 + MEMORY * (1 + 1 / 3)))
     assert "sums" in s.state_dict()
 
 
