@@ -263,7 +263,7 @@ def test_weights_act_in_stage_two_on_labelled_and_unlabelled_images(monkeypatch:
     s.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))  # ratios 0.25, 1, 1.8
     given: list[torch.Tensor | None] = []
     monkeypatch.setattr(s, "learn", lambda view, targets, alpha: given.append(alpha) or {"cls": torch.zeros(())})
-    s(batch(unlabeled=False), step=0)
+    s(batch(unlabeled=False), step=1)
     s(batch(), step=2)
     assert given[0] is None
     for alpha in given[1:]:
