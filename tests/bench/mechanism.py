@@ -155,6 +155,11 @@ def text(report: dict[str, Any]) -> str:
         for over, c in m["correlation"].items():
             cells = " | ".join(interval(c[k]) if k in c else "-" for k in ("p", "v", "v - p"))
             lines.append(f"| {short(name)} | {m['detections']} | {over} | {cells} |")
+    if len(models) > 1:
+        for over in next(iter(models.values()))["correlation"]:
+            rows = [m["correlation"][over] for m in models.values()]
+            shown = (spread([r[k][0] for r in rows], 1, 2) if k in rows[0] else "-" for k in ("p", "v", "v - p"))
+            lines.append(f"| mean ± spread of {len(rows)} | | {over} | {' | '.join(shown)} |")
     lines += ["", f"| as many as p from | ranked by | kept | {' | '.join(f'precision at {t}' for t in IOUS)} |"]
     lines.append("|---|---|---|" + "---|" * len(IOUS))
     for rows in zip(*(m["equal_numbers"] for m in models.values()), strict=True):
@@ -191,11 +196,12 @@ def interval(found: Interval, scale: float = 1, digits: int = 2) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def spread(values: Sequence[float]) -> str:
-    known = [100 * v for v in values if math.isfinite(v)]
+def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    known = [scale * v for v in values if math.isfinite(v)]
     if not known:
         return "-"
-    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+    about = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{about}"
 
 
 def mean(values: Sequence[float]) -> float:
@@ -203,9 +209,10 @@ def mean(values: Sequence[float]) -> float:
 
 
 def short(path: str) -> str:
-    """The run's name, for a checkpoint in a run folder."""
-    parts = Path(path).parts
-    return parts[-3] if len(parts) >= 3 and parts[-2] == "weights" else parts[-1]
+    """The run's name, for last.pt of a run folder; with the file's for another."""
+    at = Path(path)
+    run = at.parent.parent.name if at.parent.name == "weights" else ""
+    return run if run and at.name == "last.pt" else f"{run} {at.name}".strip()
 
 
 def plain(value: Any) -> Any:

@@ -33,10 +33,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from study_grid import Grid, Run, read_grid, runs_of
 from study_page import summary_text, write_page
 
 from ssod.config import parse_words
+from ssod.deploy.infer import pick_device
 from ssod.engine.run import lock_run, unlock_run
 from ssod.engine.signals import SignalWatch
 from ssod.errors import UserError
@@ -247,10 +249,9 @@ def seconds_of(table: Table) -> float:
 
 def device_name(choice: str) -> str:
     """The machine's part that the runs use, in words."""
-    import torch
-
-    if choice != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(int(choice) if choice.isdigit() else None)
+    device = pick_device(choice)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((w.split(":", 1)[1].strip() for w in lines if w.startswith("model name")), platform.machine())
