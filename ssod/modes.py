@@ -18,7 +18,10 @@ class TrainConfig(RunFolder, Inference, Data):
     detector: Component = Field(
         Component(name="fcos"), description="fcos, retinanet, faster_rcnn or deformable_detr, and its options"
     )
-    strategy: Component = Field(Component(name="mean_teacher"), description="supervised or mean_teacher, with options")
+    strategy: Component = Field(
+        Component(name="mean_teacher"),
+        description="supervised, mean_teacher, unbiased_teacher, soft_teacher, rpl or prc, and its options",
+    )
     backbone: str = Field(
         "resnet50", description="any timm backbone with feature maps up to stride 32, or a plain ViT of patch 16"
     )
