@@ -7,13 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from small import SIZE, K, batch, candidates, detector, strategy, unsupervised
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import OPTIONS, SIZE, K, batch, candidates, detector, strategy, unsupervised
 
+from ssod.detectors import build_detector
 from ssod.detectors.base import HasDense
 from ssod.errors import UserError
 from ssod.ops.codecs import GaussianCodec
 from ssod.ops.views import map_boxes
+from ssod.strategies import build_strategy
+from ssod.strategies.base import Plan
 from ssod.strategies.prc import mean_over_foreground, own_means
 from ssod.strategies.reliability import (
     WeakView,
@@ -22,7 +26,7 @@ from ssod.strategies.reliability import (
     region_reliability,
     same_place,
 )
-from ssod.structures import Candidates, Instances, Pyramid, SlotOutput
+from ssod.structures import Candidates, Instances, Pyramid, SlotOutput, Weights
 
 GAUSSIAN: dict[str, object] = {"codec": "gaussian"}
 CONV = ("fcos", "retinanet", "faster_rcnn")
@@ -50,32 +54,20 @@ def test_equation_10_is_a_mean_over_foreground() -> None:
 
 
 def test_equation_10_in_the_labelled_loss() -> None:
-    b = batch()
-    seen: list[Candidates] = []
     found = {}
     for ler in (True, False):
         s = strategy("prc", "faster_rcnn", GAUSSIAN, ler=ler)
-        loss = s.student.loss
         torch.manual_seed(3)  # the sampler's draws
-
-        def watched(out, targets, weigh, loss=loss):  # type: ignore[no-untyped-def]
-            return loss(
-                out, targets, lambda c: seen.append(c) or (mean_over_foreground(c) if weigh else None) or _plain()
-            )
-
-        s.student.loss = watched  # type: ignore[method-assign]
-        found[ler] = s.supervised(b)
+        found[ler] = s.supervised(batch())
+    seen: list[Candidates] = []
+    labeled = batch().labeled
+    torch.manual_seed(3)
+    s.student.loss(s.student_output(labeled), labeled.targets, lambda c: seen.append(c) or Weights())
     roi = next(c for c in seen if c.stage == "roi")
     count, foreground = len(roi.labels), int((roi.matched >= 0).sum())
     assert found[True]["box"].item() == pytest.approx(found[False]["box"].item() * count / foreground, rel=1e-5)
     for key in ("cls", "rpn_cls", "rpn_box"):
         assert found[True][key].item() == found[False][key].item()
-
-
-def _plain():  # type: ignore[no-untyped-def]
-    from ssod.structures import Weights
-
-    return Weights()
 
 
 def test_equation_11() -> None:
@@ -162,6 +154,14 @@ def test_equation_14() -> None:
     }
     # each group by its own count, not by the sum of its weights
     assert (weights.cls / reliability).tolist() == pytest.approx([2.5, 2.5, 5 / 3, 5 / 3, 5 / 3])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 300), st.floats(1, 1000))
+def test_each_group_of_equation_14_has_its_own_mean(foreground: int, background: int, divisor: float) -> None:
+    shares = own_means(candidates(foreground, background, "roi", divisor)) / divisor
+    assert shares[:foreground].sum().item() == pytest.approx(min(foreground, 1), rel=1e-4)
+    assert shares[foreground:].sum().item() == pytest.approx(min(background, 1), rel=1e-4)
 
 
 @pytest.mark.parametrize(("foreground", "background"), [(0, 4), (4, 0)])
@@ -328,10 +328,15 @@ def test_boxes_without_a_variance_are_refused(name, detector_options, options, m
     strategy("prc", name, detector_options, ler=False, prc=False)  # nothing to be refused: plain pseudo labels
 
 
-def test_focal_and_cross_entropy_are_weighted_alike() -> None:
-    """One class: the reliability multiplies whatever class loss the detector has."""
-    logits = torch.tensor([[0.3, -0.2]])
-    plain = F.cross_entropy(logits, torch.tensor([0]))
-    model = detector("faster_rcnn", roi_focal_gamma=1.5)
-    p = logits.softmax(1)[0, 0]
-    assert model._class_loss(logits, torch.tensor([0])).item() == pytest.approx(((1 - p) ** 1.5 * plain).item())
+@pytest.mark.parametrize(("name", "tau"), [("faster_rcnn", 0.3), ("fcos", 0.02)])
+def test_one_class(name: str, tau: float) -> None:
+    torch.manual_seed(0)
+    student = build_detector(name, 1, "resnet10t", OPTIONS[name] | GAUSSIAN)
+    s = build_strategy("prc", student, {"tau": tau}, Plan(10, 0, 0.9)).train()
+    b = batch()
+    for target in b.labeled.targets:
+        target.labels.zero_()
+    out = s(b, step=0)
+    assert out.stats["pseudo/per_image"] > 0
+    assert 0 < out.stats["reliability/foreground"] < 0.5
+    assert torch.isfinite(torch.stack(list(out.losses.values()))).all()
