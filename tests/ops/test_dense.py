@@ -8,12 +8,14 @@ from ssod.structures import Instances
 def test_candidates_say_background_and_ignored_apart():
     targets = pad_targets([Instances(torch.rand(2, 4), torch.tensor([4, 7])), Instances.empty()])
     anchors = torch.arange(12.0).view(3, 4)
-    found = dense_candidates(torch.tensor([[1, -1, 0], [-1, -2, -1]]), anchors, targets, num_classes=9)
+    matched, divisor = torch.tensor([[1, -1, 0], [-1, -2, -1]]), torch.tensor([2, 5])
+    found = dense_candidates(matched, anchors, targets, 9, divisor)
     assert found.labels.tolist() == [7, 9, 4, 9, -1, 9]
     assert found.matched.tolist() == [1, -1, 0, -1, -1, -1]
     assert found.image.tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(found.boxes, anchors.repeat(2, 1))
     assert found.stage == "dense"
+    assert found.divisor.tolist() == [2, 2, 2, 5, 5, 5]
 
 
 def test_the_best_of_each_level_and_not_of_all():
