@@ -119,6 +119,7 @@ class SemiTrainer:
                 first, end = plan.stage(self.step)
                 if self.step == first > 0:
                     self.optimizer.state.clear()  # the student of stage two starts as from a file: without momentum
+                    self._since_best = 0
                 lr = lr_at(self.step - first, end - first, config)
                 set_lr(self.optimizer, lr)
                 finite = self._step(wrapped, batches, averages)
@@ -137,7 +138,7 @@ class SemiTrainer:
                         log.say(alarm)
                 if self._is_due():
                     self._validate(log)
-                    if 0 < config.patience <= self._since_best:
+                    if 0 < config.patience <= self._since_best and end == plan.iters:
                         log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
                         break
                 if self.step % config.save_interval == 0:

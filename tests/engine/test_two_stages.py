@@ -90,6 +90,12 @@ def test_stage_two_starts_without_momentum(small: Tiny) -> None:
     assert [n > 0 for n in states] == [False, True, True, False, True, True]
 
 
+def test_patience_ends_stage_two_only_and_counts_from_its_start(small: Tiny) -> None:
+    # No box of an untrained network is right: the first validation is the best, and each later one is no better.
+    trainer, _ = run(small, iters=8, burn_in=4, val_interval=1, patience=1, conf=0.99)
+    assert trainer.step == 5
+
+
 def test_the_teacher_of_stage_two_is_the_network_of_stage_one(small: Tiny) -> None:
     trainer = SemiTrainer(load_config("train", small | {"save_period": 3}))
     summary = trainer.train()
