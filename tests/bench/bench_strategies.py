@@ -109,8 +109,10 @@ def main() -> None:
             f"{'-' if boxes[arm] is None else f'{boxes[arm]:.1f}'} | {memory[arm] / 1e9:.2f} | "
             f"{memory[arm] / memory['supervised']:.2f} |"
         )
+    print("\n| parts, ms | " + " | ".join(PARTS) + " |\n|---|" + "---|" * len(PARTS))
     for key in states:
-        print(f"\nparts with {key}: " + ", ".join(f"{p} {times[key, p]:.0f} ms" for p in PARTS))
+        arms_of = ", ".join(arm for arm, config in configs.items() if detector_key(config) == key)
+        print(f"| {arms_of} | " + " | ".join(f"{times[key, p]:.0f}" for p in PARTS) + " |")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
 

@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from study import Study, commits, main, seconds_of
-from study_grid import Grid, digest, read_grid, runs_of
+from study import Study, commits, in_use, main, seconds_of
+from study_grid import Grid, Run, digest, read_grid, runs_of
 from study_page import BEGIN, END, differences_table, figures_table, write_page
 
 from ssod.checkpoint import load_checkpoint
+from ssod.config import load_config
+from ssod.engine.setup import build_student
 from ssod.errors import UserError
 from ssod.report.table import Table
+from ssod.strategies import build_strategy, strategy_class
+from ssod.strategies.base import Plan
 
 STUDY = Path(__file__).with_name("study.py")
 GRIDS = sorted(STUDY.parent.glob("grids/*.yaml"))
@@ -103,6 +107,26 @@ def test_a_killed_run_is_resumed_and_a_stopped_study_leaves_all_saved(grid: Path
     assert not alive(second)
     assert records(grid) == []
     assert load_checkpoint(folder / "weights" / "last.pt")["train"]["step"] >= 1
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    run = Run("a", 0, tmp_path / "a.yaml", "c0ffee00")
+    study = Study([run], tmp_path, 1, {"device": "cpu"})
+    lock = study.folder(run) / ".lock"
+    lock.parent.mkdir(parents=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        assert in_use(lock.parent)
+        assert not study._begin_one()
+        assert (list(study.waiting), study.active) == ([run], [])
+    finally:
+        holder.communicate("\n")
+    assert not in_use(lock.parent)
 
 
 def test_mistakes_are_said_before_anything_runs(grid: Path) -> None:
@@ -202,13 +226,22 @@ def test_a_page_keeps_what_people_wrote_around_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
-def test_every_grid_is_valid(path: Path, tmp_path: Path) -> None:
-    runs = runs_of(read_grid(path, {"weights": "w.pt"}), tmp_path)
-    assert len({r.name for r in runs}) == len(runs) >= 6
-    content = yaml.safe_load(path.read_text())
-    assert "data_path" not in json.dumps(content)
-    steps = {yaml.safe_load((tmp_path / "arms" / f"{arm}.yaml").read_text())["iters"] for arm in content["arms"]}
-    assert len(steps) == 1  # a fair comparison: as many student steps in every arm
+def test_every_arm_of_every_grid_can_be_built_and_takes_as_many_steps(path: Path, tmp_path: Path) -> None:
+    grid = read_grid(path, {"backbone": "resnet10t"})  # small; what goes together does not depend on it
+    runs = runs_of(grid, tmp_path)
+    assert len({r.name for r in runs}) == len(runs) == len(grid.arms) * len(grid.seeds)
+    assert grid.control in grid.arms
+    assert not [key for values in grid.arms.values() for key in ("data_path", "weights") if key in values]
+    plans = set()
+    for arm in grid.arms:
+        config = load_config("train", {"cfg": str(tmp_path / "arms" / f"{arm}.yaml")})
+        student, _ = build_student(config, ["a", "b", "c"])
+        plan = Plan(
+            config.iters, int(config.burn_in), config.ema_decay, strategy_class(config.strategy.name).two_stages
+        )
+        build_strategy(config.strategy.name, student, config.strategy.options, plan)
+        plans.add((config.iters, config.batch, config.unlabeled_per_step, config.burn_in, config.imgsz))
+    assert len(plans) == 1
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
