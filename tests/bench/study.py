@@ -13,6 +13,9 @@ Any other word is a value of `ssod train` for all arms. docs: tests/bench/study_
 Start it again with the same words and it goes on: what is in runs.jsonl is not repeated, half a run is resumed. A run
 whose process dies is tried again. Ctrl-C and SIGTERM stop the runs at a step's end, saved; a second one kills them. A
 changed grid runs anew: its runs have another hash. Exit code 1 when a run failed for good.
+
+Runs take the code of the checkout that this file lies in, as it is when each begins, and note its commit. Where that
+code goes on changing, run a study of hours in a checkout of its own: git worktree add DIR.
 """
 
 from __future__ import annotations
@@ -134,7 +137,7 @@ class Study:
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},  # the code whose commit is noted
             start_new_session=True,  # Ctrl-C reaches the study, which then asks each run once
         )
         self.starts[run] = self.starts.get(run, 0) + 1

@@ -102,7 +102,7 @@ def write_page(path: Path, grid: Grid, records: Sequence[Record], wanted: int, w
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Validation AP against the step: a thin line a run, a thick one for the mean over seeds."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     ax = figure.subplots()
     for number, (arm, runs) in enumerate(arms_of(records).items()):
         for network in _networks(runs):
@@ -117,7 +117,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     ax.set_ylabel("AP")
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
