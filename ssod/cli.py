@@ -269,9 +269,9 @@ def _predict(config: Any) -> int:
 
 
 def _check(config: Any) -> int:
-    from ssod.data.doctor import check_data
-    from ssod.data.doctor_text import as_json, page, passed
-    from ssod.data.sheet import draw_samples, draw_views, read_views
+    from ssod.data.check.doctor import check_data
+    from ssod.data.check.doctor_text import as_json, page, passed
+    from ssod.data.check.sheet import draw_samples, draw_views, read_views
     from ssod.engine.run import new_run
     from ssod.engine.setup import data_yaml
 
@@ -297,8 +297,8 @@ def _check(config: Any) -> int:
 
 
 def _split(config: Any) -> int:
-    from ssod.data.division import by_erasing, by_list, by_percent, read_source
-    from ssod.data.split_files import check_out, write_splits
+    from ssod.data.split.division import by_erasing, by_list, by_percent, read_source
+    from ssod.data.split.split_files import check_out, write_splits
     from ssod.engine.setup import data_yaml
 
     check_out(Path(config.out))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssod.config import cfg_folders, load_config
-from ssod.data.transforms import pipeline
+from ssod.data.views.transforms import pipeline
 from ssod.detectors import build_detector
 from ssod.engine.optim import lr_at
 from ssod.engine.setup import check_options

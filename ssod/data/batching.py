@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ssod.data import slabs
-from ssod.data.geometry import GREY, cv2, to_hwc
-from ssod.data.operations import Frame
 from ssod.data.samples import Sample
+from ssod.data.views.geometry import GREY, cv2, to_hwc
+from ssod.data.views.operations import Frame
 from ssod.ops.views import map_instances
 from ssod.structures import Instances, View
 

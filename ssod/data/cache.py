@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ssod.data.geometry import from_hwc, to_hwc
-from ssod.data.operations import Frame
 from ssod.data.store import cache_folder, identity, sweep, write_whole
 from ssod.data.table import SampleTable
+from ssod.data.views.geometry import from_hwc, to_hwc
+from ssod.data.views.operations import Frame
 from ssod.errors import UserError
 
 

@@ -9,12 +9,12 @@ from itertools import groupby
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import objects_of, parcel, round_up, stack, targets_in
-from ssod.data.geometry import Size, fitted, resize, sides
 from ssod.data.image import ImageError
 from ssod.data.loader import Bad, as_is, named_failures, worker_options
-from ssod.data.operations import Frame
 from ssod.data.reader import read_frame
 from ssod.data.samples import Sample
+from ssod.data.views.geometry import Size, fitted, resize, sides
+from ssod.data.views.operations import Frame
 from ssod.structures import View
 
 

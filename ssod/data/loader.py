@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import parcel, stack, targets_in
 from ssod.data.cache import open_cache
-from ssod.data.geometry import Size, cv2, laid_out
 from ssod.data.image import ImageError
-from ssod.data.mixing import Mixing, Source
-from ssod.data.operations import Frame, Rng
 from ssod.data.reader import Reader
 from ssod.data.samples import Sample, SampleTable
 from ssod.data.streams import Stream, generator
-from ssod.data.transforms import Chain, Views
+from ssod.data.views.geometry import Size, cv2, laid_out
+from ssod.data.views.mixing import Mixing, Source
+from ssod.data.views.operations import Frame, Rng
+from ssod.data.views.transforms import Chain, Views
 from ssod.errors import Fault, UserError
 from ssod.structures import Instances, SemiBatch, View
 

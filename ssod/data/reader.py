@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ssod.data.cache import FrameCache, original_size
-from ssod.data.geometry import from_hwc, resize
 from ssod.data.image import ImageError, read_image
-from ssod.data.operations import Frame
 from ssod.data.table import Sample, SampleTable, read_place
+from ssod.data.views.geometry import from_hwc, resize
+from ssod.data.views.operations import Frame
 
 
 def read_frame(path: Path, stream: BytesIO | None = None) -> Frame:

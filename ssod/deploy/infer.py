@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ssod.data.evalset import EvalLoader
-from ssod.data.geometry import Size
 from ssod.data.samples import Sample
+from ssod.data.views.geometry import Size
 from ssod.detectors.base import Detector
 from ssod.errors import UserError, did_you_mean
 from ssod.nn.precision import autocast

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from ssod import dist
-from ssod.data.geometry import Size
 from ssod.data.image import ImageError, image_size
 from ssod.data.samples import Sample
+from ssod.data.views.geometry import Size
 from ssod.deploy.infer import Inference, detect, pick_device
 from ssod.deploy.label_plan import Plan, make_plan, read_plan, replacing
 from ssod.deploy.label_writers import WRITERS, Counts

@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ssod.config import find_yaml
-from ssod.data.formats import read_split
-from ssod.data.found import walk_images
-from ssod.data.listing import iter_images
+from ssod.data.annotations.formats import read_split
+from ssod.data.annotations.found import walk_images
+from ssod.data.annotations.listing import iter_images
+from ssod.data.annotations.sources import SPLITS, find_parts, read_data_yaml
+from ssod.data.annotations.yolo import images_of
 from ssod.data.samples import Inspector
-from ssod.data.sources import SPLITS, find_parts, read_data_yaml
-from ssod.data.yolo import images_of
 from ssod.errors import UserError
 
 _OF_YAML = re.compile(rf"(.+\.ya?ml)(?::({'|'.join(SPLITS)}))?")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ssod.checkpoint import load_checkpoint
-from ssod.data.geometry import Size
+from ssod.data.annotations.listing import find_images
 from ssod.data.image import ImageError, image_size
-from ssod.data.listing import find_images
 from ssod.data.samples import Sample
+from ssod.data.views.geometry import Size
 from ssod.deploy.infer import Inference, detect, pick_device
 from ssod.deploy.results import Results
 from ssod.detectors import build_detector

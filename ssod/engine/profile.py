@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
-from ssod.data.geometry import Size, sides
+from ssod.data.views.geometry import Size, sides
 from ssod.deploy.infer import pick_device
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssod.config import find_yaml, validate
+from ssod.data.annotations.listing import find_images
+from ssod.data.annotations.shards import find_tars, read_tars
+from ssod.data.annotations.sources import load_data, read_data_yaml
 from ssod.data.image import ImageError, image_size
-from ssod.data.listing import find_images
 from ssod.data.samples import Dataset, Inspector, Sample, SampleTable
 from ssod.data.shapes import shapes_yaml
-from ssod.data.shards import find_tars, read_tars
-from ssod.data.sources import load_data, read_data_yaml
-from ssod.data.splits import choose_labeled
+from ssod.data.split.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.detectors.convert import WeightsReport, load_weights, read_weights

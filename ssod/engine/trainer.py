@@ -14,9 +14,9 @@ import torch
 from ssod import __version__, dist
 from ssod.checkpoint import FORMAT, save_checkpoint
 from ssod.config import to_yaml
-from ssod.data.device import Painter, divide
 from ssod.data.loader import StepLoader, build_loader
-from ssod.data.transforms import pipeline
+from ssod.data.views.device import Painter, divide
+from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
 from ssod.engine.diagnose import Starvation

@@ -78,7 +78,7 @@ def peak() -> float:
 
 
 def load_ours(yaml: str) -> dict[str, float]:
-    from ssod.data.sources import load_data
+    from ssod.data.annotations.sources import load_data
 
     before, start, used = memory("Rss"), time.perf_counter(), time.process_time()
     data = load_data(yaml, "train")
@@ -110,7 +110,7 @@ def look(samples: Sequence[object], out: Queue[tuple[float, float]]) -> None:
 def workers(yaml: str) -> dict[str, float]:
     import torch.multiprocessing as mp
 
-    from ssod.data.sources import load_data
+    from ssod.data.annotations.sources import load_data
 
     table = load_data(yaml, "train").samples
     figures: dict[str, float] = {}

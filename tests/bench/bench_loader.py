@@ -31,10 +31,11 @@ import torchvision
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
-from ssod.data import batching, geometry, image, pixels
+from ssod.data import batching, image
 from ssod.data.loader import build_loader
 from ssod.data.samples import Sample
-from ssod.data.transforms import pipeline
+from ssod.data.views import geometry, pixels
+from ssod.data.views.transforms import pipeline
 
 BATCH = 8
 FETCHED_AHEAD = 3  # batches: two of a worker's prefetching, one in use

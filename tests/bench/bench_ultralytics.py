@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from bench_loader import BATCH, handed_over, textured
 
+from ssod.data.annotations.sources import load_data
 from ssod.data.batching import parcel
 from ssod.data.loader import build_loader
-from ssod.data.sources import load_data
-from ssod.data.transforms import pipeline
+from ssod.data.views.transforms import pipeline
 
 BOXES, IMGSZ = 10, 640
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssod.data.sources import load_data
+from ssod.data.annotations.sources import load_data
 from ssod.errors import UserError
 
 

@@ -11,8 +11,8 @@ import pytest
 from small_sets import CocoFolder, VocFolder, YoloFolder, refusal
 
 from ssod.data import samples as kinds
+from ssod.data.annotations.sources import load_data
 from ssod.data.samples import count_problems
-from ssod.data.sources import load_data
 from ssod.errors import UserError
 
 # ----------------------------------------------------------------- fault 5: corrupt annotation files

@@ -17,19 +17,19 @@ from small_sets import CocoFolder
 
 from ssod.cli import main
 from ssod.config import load_config, parse_words
-from ssod.data import geometry
 from ssod.data.batching import targets_in
-from ssod.data.geometric import Affine, Crop, Flip, OneAffine, Resize, Window
+from ssod.data.check.sheet import draw_views, read_views
 from ssod.data.loader import SAME, Bad, ViewMaker, build_loader, stream_views
-from ssod.data.mixing import Mixing, MixUp, Mosaic, Source
-from ssod.data.operations import Frame, Operation
-from ssod.data.photometric import Blur, Color, Cutout, Erase, OneColor
-from ssod.data.presets import RECIPES, VIEWS
 from ssod.data.reader import Reader
 from ssod.data.samples import Dataset, Sample
-from ssod.data.sheet import draw_views, read_views
 from ssod.data.streams import Stream, generator
-from ssod.data.transforms import MIXINGS, OPERATIONS, Chain, pipeline
+from ssod.data.views import geometry
+from ssod.data.views.geometric import Affine, Crop, Flip, OneAffine, Resize, Window
+from ssod.data.views.mixing import Mixing, MixUp, Mosaic, Source
+from ssod.data.views.operations import Frame, Operation
+from ssod.data.views.photometric import Blur, Color, Cutout, Erase, OneColor
+from ssod.data.views.presets import RECIPES, VIEWS
+from ssod.data.views.transforms import MIXINGS, OPERATIONS, Chain, pipeline
 from ssod.errors import UserError
 from ssod.ops.views import between, map_boxes, map_instances, map_points
 from ssod.structures import Instances, SemiBatch

@@ -18,12 +18,12 @@ from small_sets import picture
 
 import ssod.data.reader as reader_module
 from ssod.data.cache import DiskCache, open_cache, shrunk
-from ssod.data.geometry import fitted
 from ssod.data.image import ImageError, image_size
-from ssod.data.operations import Frame
 from ssod.data.reader import Reader
 from ssod.data.samples import Sample, SampleTable
 from ssod.data.store import sweep
+from ssod.data.views.geometry import fitted
+from ssod.data.views.operations import Frame
 from ssod.errors import UserError
 
 SIDES = [(40, 30), (30, 80), (64, 64), (20, 11)]

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from small_sets import CocoFolder, picture, refusal
 from test_annotations import ODD_VALUES
 
-from ssod.data import coco_parse
 from ssod.data import samples as kinds
-from ssod.data.coco_parse import CocoArrays, _parse_whole, parse
+from ssod.data.annotations import coco_parse
+from ssod.data.annotations.coco_parse import CocoArrays, _parse_whole, parse
+from ssod.data.annotations.sources import load_data
 from ssod.data.image import ImageError
 from ssod.data.reader import Reader
 from ssod.data.samples import Dataset, count_problems
-from ssod.data.sources import load_data
 from ssod.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]

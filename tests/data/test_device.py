@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from ssod.data import geometry, pixels
-from ssod.data.device import PAINT, Painter, divide
-from ssod.data.geometric import Flip, Resize
-from ssod.data.geometry import GREY
-from ssod.data.operations import Frame, Operation
-from ssod.data.photometric import Blur, Color, Cutout, Erase, OneColor, Painting
-from ssod.data.presets import VIEWS
 from ssod.data.streams import generator
-from ssod.data.transforms import pipeline
+from ssod.data.views import geometry, pixels
+from ssod.data.views.device import PAINT, Painter, divide
+from ssod.data.views.geometric import Flip, Resize
+from ssod.data.views.geometry import GREY
+from ssod.data.views.operations import Frame, Operation
+from ssod.data.views.photometric import Blur, Color, Cutout, Erase, OneColor, Painting
+from ssod.data.views.presets import VIEWS
+from ssod.data.views.transforms import pipeline
 from ssod.structures import View
 
 SIZES = [(60, 96), (64, 50), (33, 96), (64, 96)]

@@ -14,13 +14,13 @@ from PIL import Image
 from small_sets import CocoFolder, VocFolder, YoloFolder, picture
 
 from ssod.cli import main
-from ssod.data.doctor import Report, check_data
-from ssod.data.doctor_text import as_json, page, passed
+from ssod.data.annotations.sources import load_data
+from ssod.data.check.doctor import Report, check_data
+from ssod.data.check.doctor_text import as_json, page, passed
+from ssod.data.check.findings import LEVELS, Finding, findings
+from ssod.data.check.sheet import draw_samples
 from ssod.data.draw import class_color
-from ssod.data.findings import LEVELS, Finding, findings
 from ssod.data.samples import BOX_DROPPED, IMAGE_UNREADABLE, count_problems
-from ssod.data.sheet import draw_samples
-from ssod.data.sources import load_data
 from ssod.errors import UserError
 
 
@@ -343,7 +343,7 @@ def test_contact_sheet(coco_folder: CocoFolder, tmp_path: Path) -> None:
 
 def test_starts_without_torch() -> None:
     """`ssod check` shall be quick: none of these rooms may need torch."""
-    rooms = ["image", "sources", "splits", "doctor", "findings", "doctor_text"]
+    rooms = ["image", "annotations.sources", "split.splits", "check.doctor", "check.findings", "check.doctor_text"]
     script = (
         f"import sys; {'; '.join(f'import ssod.data.{r}' for r in rooms)}; print(json.dumps('torch' in sys.modules))"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from ssod.data.duplicates import NEAR, Fingerprint, find_overlaps, fingerprint, nearest
+from ssod.data.check.duplicates import NEAR, Fingerprint, find_overlaps, fingerprint, nearest
 from ssod.data.shapes import draw_image
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from small_sets import YoloFolder, picture, refusal
 
 from ssod.config import load_config
-from ssod.data.found import list_images, walk_images
-from ssod.data.listing import find_images, iter_images
+from ssod.data.annotations.found import list_images, walk_images
+from ssod.data.annotations.listing import find_images, iter_images
+from ssod.data.annotations.sources import load_data
 from ssod.data.samples import IMAGE_MISSING, IMAGE_TWICE, NO_LABEL_FILE, count_problems
-from ssod.data.sources import load_data
 from ssod.engine.setup import build_data
 from ssod.errors import UserError
 

@@ -22,13 +22,14 @@ from PIL import Image
 import ssod.data.cache as cache_module
 import ssod.data.loader as loader_module
 import ssod.data.reader as reader_module
-from ssod.data import batching, geometry, pixels
+from ssod.data import batching
 from ssod.data.evalset import EvalLoader
-from ssod.data.geometry import GREY
 from ssod.data.loader import LoaderError, StepLoader, build_loader
 from ssod.data.samples import Sample
 from ssod.data.streams import Stream
-from ssod.data.transforms import pipeline
+from ssod.data.views import geometry, pixels
+from ssod.data.views.geometry import GREY
+from ssod.data.views.transforms import pipeline
 from ssod.errors import UserError
 from ssod.ops.views import map_boxes
 from ssod.structures import SemiBatch, View

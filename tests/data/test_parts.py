@@ -10,7 +10,7 @@ import pytest
 from small_sets import CocoFolder, VocFolder, YoloFolder, picture, refusal
 
 from ssod.config import find_yaml
-from ssod.data.sources import load_data, read_data_yaml
+from ssod.data.annotations.sources import load_data, read_data_yaml
 
 
 def two_voc_years(root: Path) -> Path:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ssod.data import shapes
+from ssod.data.annotations.sources import load_data
 from ssod.data.shapes import NAMES, SIZE, draw_image, shapes_yaml
-from ssod.data.sources import load_data
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ from PIL import Image
 from small_sets import YoloFolder, picture, refusal
 
 from ssod.config import load_config
-from ssod.data import shards
-from ssod.data.doctor import check_data
+from ssod.data.annotations import shards
+from ssod.data.annotations.shards import find_tars, read_tars
+from ssod.data.annotations.sources import load_data
+from ssod.data.check.doctor import check_data
 from ssod.data.image import ImageError, read_image
 from ssod.data.loader import build_loader
 from ssod.data.reader import Reader
 from ssod.data.samples import IMAGE_TWICE, IMAGE_UNREADABLE, SHARD_DAMAGED, Inspector, count_problems
-from ssod.data.shards import find_tars, read_tars
-from ssod.data.sources import load_data
-from ssod.data.transforms import pipeline
+from ssod.data.views.transforms import pipeline
 from ssod.engine.setup import build_data
 from ssod.errors import UserError
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from small_sets import CocoFolder, VocFolder, YoloFolder, picture, refusal
 
 from ssod.data import samples as kinds
+from ssod.data.annotations.sources import load_data, read_data_yaml
 from ssod.data.samples import Inspector, class_counts, count_problems
-from ssod.data.sources import load_data, read_data_yaml
 from ssod.errors import UserError
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssod.data.samples import Sample
-from ssod.data.sparse import erased_boxes
+from ssod.data.split.sparse import erased_boxes
 
 K = 3
 KINDS = ("easy", "hard", "extreme", "50miss")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from small_sets import VocFolder, picture
 
 from ssod.cli import main
-from ssod.data.sources import load_data
-from ssod.data.split_files import _decimal
-from ssod.data.splits import choose_labeled
+from ssod.data.annotations.sources import load_data
+from ssod.data.split.split_files import _decimal
+from ssod.data.split.splits import choose_labeled
 
 CLASSES = [(5, "carp"), (17, "pike"), (90, "perch")]
 

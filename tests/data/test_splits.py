@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssod.data.annotations.sources import load_data
 from ssod.data.samples import Sample, class_counts
-from ssod.data.sources import load_data
-from ssod.data.splits import choose_labeled
+from ssod.data.split.splits import choose_labeled
 from ssod.errors import UserError
 
 K = 5

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tvf
 
-from ssod.data import geometry, pixels
-from ssod.data.geometric import Affine, Crop, Flip, OneAffine, Resize
-from ssod.data.geometry import fitted, from_hwc, to_hwc
-from ssod.data.operations import Frame
-from ssod.data.photometric import Color, Cutout, Erase
-from ssod.data.presets import VIEWS
 from ssod.data.streams import generator
-from ssod.data.transforms import MIXINGS, OPERATIONS, Chain, pipeline
+from ssod.data.views import geometry, pixels
+from ssod.data.views.geometric import Affine, Crop, Flip, OneAffine, Resize
+from ssod.data.views.geometry import fitted, from_hwc, to_hwc
+from ssod.data.views.operations import Frame
+from ssod.data.views.photometric import Color, Cutout, Erase
+from ssod.data.views.presets import VIEWS
+from ssod.data.views.transforms import MIXINGS, OPERATIONS, Chain, pipeline
 from ssod.errors import UserError
 from ssod.ops.views import map_boxes
 

@@ -28,7 +28,7 @@ from ssod import dist
 from ssod.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from ssod.cli import main
 from ssod.config import load_config
-from ssod.data.sources import load_data
+from ssod.data.annotations.sources import load_data
 from ssod.deploy.label import Labeled, class_thresholds, label, label_images
 from ssod.deploy.label_plan import Plan, make_plan
 from ssod.deploy.label_writers import WRITERS

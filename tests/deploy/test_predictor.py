@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ssod.checkpoint import FORMAT, save_checkpoint
+from ssod.data.annotations.listing import find_images
 from ssod.data.draw import class_color, draw_boxes, sheet
-from ssod.data.listing import find_images
 from ssod.deploy.infer import pick_device
 from ssod.deploy.predictor import Predictor
 from ssod.deploy.results import Results

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssod.data.geometry import affine_matrix, translation
+from ssod.data.views.geometry import affine_matrix, translation
 from ssod.ops.views import between, map_boxes, map_instances, map_points
 from ssod.structures import Instances
 

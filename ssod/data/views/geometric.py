@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ssod.data import geometry
-from ssod.data.operations import Frame, Operation, Range, Rng
+from ssod.data.views import geometry
+from ssod.data.views.operations import Frame, Operation, Range, Rng
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ssod.data import samples as kinds
-from ssod.data.coco_parse import ABSENT, CocoArrays, parse, usable_area
-from ssod.data.found import Found, SafePaths, check_name, corrupt
+from ssod.data.annotations.coco_parse import ABSENT, CocoArrays, parse, usable_area
+from ssod.data.annotations.found import Found, SafePaths, check_name, corrupt
 from ssod.data.image import MAX_PIXELS
 from ssod.data.samples import Inspector
 from ssod.data.table import Columns, SampleTable, path_columns, unlabeled_table

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssod.data.geometry import GREY
-from ssod.data.photometric import Blur, Color, Erase, Painting, Rectangle
 from ssod.data.streams import generator
-from ssod.data.transforms import Chain, Views
+from ssod.data.views.geometry import GREY
+from ssod.data.views.photometric import Blur, Color, Erase, Painting, Rectangle
+from ssod.data.views.transforms import Chain, Views
 from ssod.structures import View
 
 PAINT = 2  # the number of these draws among the streams of the loader

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ssod.data import samples as kinds
-from ssod.data.doctor import Report, SplitReport
-from ssod.data.duplicates import Overlap
+from ssod.data.check.doctor import Report, SplitReport
+from ssod.data.check.duplicates import Overlap
 from ssod.data.samples import Problem, count_problems
 
 LEVELS = ("error", "warning", "note")

@@ -14,14 +14,14 @@ from PIL import Image
 
 from ssod.data.batching import targets_in
 from ssod.data.draw import draw_boxes, fit, sheet
-from ssod.data.geometry import Size, to_hwc
 from ssod.data.image import ImageError, read_image
 from ssod.data.loader import SAME, Bad, ViewMaker, stream_views
-from ssod.data.operations import Frame
 from ssod.data.reader import Reader
 from ssod.data.samples import Dataset, Sample
 from ssod.data.streams import Stream
-from ssod.data.transforms import Spec, Views, pipeline
+from ssod.data.views.geometry import Size, to_hwc
+from ssod.data.views.operations import Frame
+from ssod.data.views.transforms import Spec, Views, pipeline
 from ssod.errors import UserError
 from ssod.ops.views import between, map_instances
 from ssod.structures import Instances

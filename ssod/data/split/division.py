@@ -1,6 +1,6 @@
 """How a train split is divided: by our own draw, by the papers' lists of positions, or by erasing boxes.
 
-Nothing is written here; `ssod.data.split_files` turns a Source and its Splits into files.
+Nothing is written here; `ssod.data.split.split_files` turns a Source and its Splits into files.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ssod.data.canonical import check_count, pick, read_positions
-from ssod.data.coco import load, read_ids, with_objects
-from ssod.data.found import Found
+from ssod.data.annotations.coco import load, read_ids, with_objects
+from ssod.data.annotations.found import Found
+from ssod.data.annotations.sources import DataYaml, find_parts, load_data, read_data_yaml
 from ssod.data.samples import Dataset, Sample
-from ssod.data.sources import DataYaml, find_parts, load_data, read_data_yaml
-from ssod.data.sparse import Kind, erased_boxes
-from ssod.data.splits import choose_labeled
+from ssod.data.split.canonical import check_count, pick, read_positions
+from ssod.data.split.sparse import Kind, erased_boxes
+from ssod.data.split.splits import choose_labeled
 from ssod.errors import UserError
 
 Selection = list[tuple[int, np.ndarray]]
@@ -78,7 +78,7 @@ def by_percent(source: Source, percents: Sequence[float], folds: int, seed: int)
 
 
 def by_list(source: Source, file: Path, expected: int, percents: Sequence[float], folds: int) -> Iterator[Split]:
-    """The papers' own parts, from a list of positions; see `ssod.data.canonical`."""
+    """The papers' own parts, from a list of positions; see `ssod.data.split.canonical`."""
     if [p.format for p in source.parts] != ["COCO"] or source.parts[0].annotations is None:
         raise UserError(f"canonical={file} counts images of one COCO JSON, but train of {source.yaml.file} is not one.")
     annotations = source.parts[0].annotations

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ssod.data import coco
-from ssod.data.duplicates import Fingerprint, Overlap, find_overlaps, fingerprint
-from ssod.data.formats import class_names
+from ssod.data.annotations import coco
+from ssod.data.annotations.formats import class_names
+from ssod.data.annotations.sources import DataYaml, find_parts, load_data, read_data_yaml
+from ssod.data.annotations.yolo import label_of
+from ssod.data.check.duplicates import Fingerprint, Overlap, find_overlaps, fingerprint
 from ssod.data.image import ImageError, image_traits, read_image
 from ssod.data.samples import IMAGE_UNREADABLE, Dataset, Problem, Sample, class_counts
-from ssod.data.sources import DataYaml, find_parts, load_data, read_data_yaml
-from ssod.data.yolo import label_of
 from ssod.errors import UserError, did_you_mean
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, is_image, walk_images
+from ssod.data.annotations.found import Found, is_image, walk_images
+from ssod.data.annotations.listing import is_glob
 from ssod.data.image import ImageError, image_size
-from ssod.data.listing import is_glob
 from ssod.data.samples import Inspector
 from ssod.data.store import identity, load_arrays, place_of, save_arrays
 from ssod.data.table import SampleTable, unlabeled_table

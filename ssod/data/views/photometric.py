@@ -1,7 +1,7 @@
 """Operations that change pixels and leave every box where it is.
 
 A `Painting` draws first what to do, from the generator and the image's size alone, and then does it. So the draws
-of a whole batch can be made on the host and its pixels painted on the device (`ssod.data.device`).
+of a whole batch can be made on the host and its pixels painted on the device (`ssod.data.views.device`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as tvf
 
-from ssod.data import geometry, pixels
-from ssod.data.operations import Frame, Operation, Range, Rng
+from ssod.data.views import geometry, pixels
+from ssod.data.views.operations import Frame, Operation, Range, Rng
 
 Rectangle = tuple[int, int, int, int]  # top, left, height, width
 
@@ -182,5 +182,5 @@ class Cutout(Operation):
         return frame.painted(image)
 
 
-# What `ssod.data.device` can do batched.
+# What `ssod.data.views.device` can do batched.
 Painting = Color | Blur | Erase | Cutout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ssod.data.geometry import cv2, from_hwc, to_hwc
+from ssod.data.views.geometry import cv2, from_hwc, to_hwc
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow and torchvision use it
 

@@ -2,7 +2,7 @@
 
 Records are decoded one after the other and dropped once their few fields that count are in an array: the outlines
 alone, which nothing here uses, would take gigabytes as Python lists. What an ordinary record holds goes into arrays;
-a record that is out of the ordinary, right or wrong, is kept whole, to be judged (`ssod.data.coco`) where it matters.
+a record that is out of the ordinary, right or wrong, is kept whole, to be judged in `coco.py`, where it matters.
 I images, N annotations.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ssod.data.found import corrupt
+from ssod.data.annotations.found import corrupt
 from ssod.data.store import identity, load_arrays, place_of, save_arrays
 
 FORMAT = "coco 1"  # of the cached arrays

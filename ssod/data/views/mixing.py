@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ssod.data import geometry
 from ssod.data.batching import objects_of
-from ssod.data.operations import Frame, Range, Ranged, Rng
 from ssod.data.samples import Sample
+from ssod.data.views import geometry
+from ssod.data.views.operations import Frame, Range, Ranged, Rng
 from ssod.ops.views import map_instances
 from ssod.structures import Instances
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, corrupt, list_images, walk_images
-from ssod.data.listing import glob_images, listed_images
+from ssod.data.annotations.found import Found, corrupt, list_images, walk_images
+from ssod.data.annotations.listing import glob_images, listed_images
 from ssod.data.samples import Inspector, Sample, no_objects
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssod.data import coco, shards, voc, yolo
-from ssod.data.found import Found
-from ssod.data.listing import is_glob
+from ssod.data.annotations import coco, shards, voc, yolo
+from ssod.data.annotations.found import Found
+from ssod.data.annotations.listing import is_glob
 from ssod.data.samples import Inspector, Sample
 from ssod.errors import UserError
 

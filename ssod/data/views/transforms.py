@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
-from ssod.data.geometric import Affine, Crop, Flip, OneAffine, Resize, Window
-from ssod.data.geometry import Size, sides
-from ssod.data.mixing import Mixing, MixUp, Mosaic
-from ssod.data.operations import Frame, Operation, Ranged, Rng
-from ssod.data.photometric import Blur, Color, Cutout, Erase, OneColor
-from ssod.data.presets import BASE, RECIPES, VIEWS, WEAK_VIEWS
+from ssod.data.views.geometric import Affine, Crop, Flip, OneAffine, Resize, Window
+from ssod.data.views.geometry import Size, sides
+from ssod.data.views.mixing import Mixing, MixUp, Mosaic
+from ssod.data.views.operations import Frame, Operation, Ranged, Rng
+from ssod.data.views.photometric import Blur, Color, Cutout, Erase, OneColor
+from ssod.data.views.presets import BASE, RECIPES, VIEWS, WEAK_VIEWS
 from ssod.errors import UserError, did_you_mean
 
 Spec = str | Sequence[object]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, SafePaths, corrupt, list_images
+from ssod.data.annotations.found import Found, SafePaths, corrupt, list_images
 from ssod.data.samples import Inspector, Sample, no_objects
 from ssod.errors import UserError, did_you_mean
 

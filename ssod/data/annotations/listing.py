@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ssod.data import samples as kinds
-from ssod.data.found import Found, SafePaths, corrupt, is_image, walk_images
+from ssod.data.annotations.found import Found, SafePaths, corrupt, is_image, walk_images
 from ssod.data.samples import Inspector
 from ssod.errors import UserError
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ssod.data.division import Source, Split
 from ssod.data.samples import count_problems
+from ssod.data.split.division import Source, Split
 from ssod.errors import UserError
 
 

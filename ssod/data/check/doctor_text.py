@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ssod.data.doctor import Report, SplitReport
-from ssod.data.findings import LEVELS, Finding, findings
+from ssod.data.check.doctor import Report, SplitReport
+from ssod.data.check.findings import LEVELS, Finding, findings
 
 _EXAMPLES = 3  # of every finding; JSON holds all
 _CLASSES = 20  # more are shown by their ends

@@ -1,7 +1,7 @@
 """A data YAML becomes samples; the format is found by looking at the files, never by guessing between two.
 
 path: ../datasets/fish     # relative to this file; `data_path=DIR` on the command line replaces it
-train: images/train        # see ssod.data.formats for what these may point to
+train: images/train        # see ssod.data.annotations.formats for what these may point to
 unlabeled: [images/more, images/still_more]   # several paths make one split
 val: images/val
 test: images/test
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ssod.data import coco
-from ssod.data.formats import class_names, find_split, read_split, way_out
-from ssod.data.found import Found
+from ssod.data.annotations import coco
+from ssod.data.annotations.formats import class_names, find_split, read_split, way_out
+from ssod.data.annotations.found import Found
 from ssod.data.samples import Dataset, Inspector, Problem, Sample, SampleTable, count_problems
 from ssod.errors import UserError, did_you_mean
 

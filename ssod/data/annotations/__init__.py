@@ -1,0 +1,1 @@
+"""Readers: what the user has becomes samples."""

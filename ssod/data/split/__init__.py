@@ -1,0 +1,1 @@
+"""Which images and boxes count as labelled."""
