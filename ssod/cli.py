@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the user's mistake, 1 a fault of the program or the machin
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ssod: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing is left to be flushed into the pipe at exit
+        return 0
     except (Fault, OSError) as error:
         if verbose:
             raise

@@ -10,34 +10,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn, retinanet_resnet50_fpn
 
 from ssod.detectors.base import Detector
+from ssod.detectors.names_torchvision import DENSE_NAMES, FASTER_RCNN_NAMES
 from ssod.structures import Instances
 
-DENSE_NAMES = [
-    (r"^backbone\.body\.", "backbone.net."),
-    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", lambda m: f"fpn.lateral.{8 << int(m[1])}."),
-    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", lambda m: f"fpn.smooth.{8 << int(m[1])}."),
-    (r"^backbone\.fpn\.extra_blocks\.p6\.", "fpn.extra.first."),
-    (r"^backbone\.fpn\.extra_blocks\.p7\.", "fpn.extra.second."),
-    (r"^head\.classification_head\.conv\.(\d)\.0\.", lambda m: f"cls_tower.{2 * int(m[1])}."),
-    (r"^head\.regression_head\.conv\.(\d)\.0\.", lambda m: f"box_tower.{2 * int(m[1])}."),
-    (r"^head\.classification_head\.conv\.", "cls_tower."),
-    (r"^head\.regression_head\.conv\.", "box_tower."),
-    (r"^head\.classification_head\.cls_logits\.", "cls_logits."),
-    (r"^head\.regression_head\.bbox_reg\.", "box_codes."),
-    (r"^head\.regression_head\.bbox_ctrness\.", "centerness."),
-]
-FASTER_RCNN_NAMES = [
-    (r"^backbone\.body\.", "backbone.net."),
-    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", lambda m: f"fpn.lateral.{4 << int(m[1])}."),
-    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", lambda m: f"fpn.smooth.{4 << int(m[1])}."),
-    (r"^rpn\.head\.conv\.0\.0\.", "rpn_conv."),
-    (r"^rpn\.head\.cls_logits\.", "rpn_logits."),
-    (r"^rpn\.head\.bbox_pred\.", "rpn_codes."),
-    (r"^roi_heads\.box_head\.fc6\.", "fc1."),
-    (r"^roi_heads\.box_head\.fc7\.", "fc2."),
-    (r"^roi_heads\.box_predictor\.cls_score\.", "roi_logits."),
-    (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_codes."),
-]
 LOSSES = {
     "fcos": {"cls": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"},
     "retinanet": {"cls": "classification", "box": "bbox_regression"},
