@@ -78,6 +78,7 @@ class View:
     matrices  float64 [B, 3, 3]   source image pixels -> pixels of this view (homogeneous, column vectors)
     targets   B Instances         annotations in this view's pixels; empty for unlabelled images, always
     indices   B ints              position of each image in its sample list
+    complete  bool [B]            False where objects may be without annotation; None: all images are complete
     """
 
     images: Tensor
@@ -85,6 +86,7 @@ class View:
     matrices: Tensor
     targets: list[Instances]
     indices: list[int]
+    complete: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -96,6 +98,7 @@ class View:
             self.matrices.to(device, non_blocking=non_blocking) if str(device) != "mps" else self.matrices,
             [t.to(device, non_blocking) for t in self.targets],
             self.indices,
+            None if self.complete is None else self.complete.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> View:
@@ -106,6 +109,8 @@ class View:
 class SemiBatch:
     """What one training step gets. `weak` and `strong` show the same unlabelled images in the same order.
 
+    labeled: with two views of labelled images (`augment.labeled: [weak, strong]`) all images in the first view, then
+    all in the second
     bad: (path, reason) of images that could not be read and were replaced by others in this batch.
     """
 
@@ -115,12 +120,14 @@ class SemiBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemiBatch:
-        move = [v.to(device, non_blocking) if v is not None else None for v in (self.weak, self.strong)]
-        return SemiBatch(self.labeled.to(device, non_blocking), move[0], move[1], self.bad)
+        return self._each(lambda view: view.to(device, non_blocking))
 
     def pin_memory(self) -> SemiBatch:
-        pin = [v.pin_memory() if v is not None else None for v in (self.weak, self.strong)]
-        return SemiBatch(self.labeled.pin_memory(), pin[0], pin[1], self.bad)
+        return self._each(View.pin_memory)
+
+    def _each(self, fn: Callable[[View], View]) -> SemiBatch:
+        weak, strong = (None if v is None else fn(v) for v in (self.weak, self.strong))
+        return SemiBatch(fn(self.labeled), weak, strong, self.bad)
 
 
 @dataclass
@@ -135,6 +142,10 @@ class Pyramid:
     maps: dict[int, Tensor]
     frame: tuple[int, int]
     sizes: Tensor
+
+    def part(self, rows: slice) -> Pyramid:
+        """Some of the images."""
+        return Pyramid({s: m[rows] for s, m in self.maps.items()}, self.frame, self.sizes[rows])
 
 
 @dataclass
@@ -156,6 +167,16 @@ class DenseOutput:
     pyramid: Pyramid
     quality: Tensor | None = None
 
+    def part(self, rows: slice) -> DenseOutput:
+        """What was predicted of some of the images."""
+        return replace(
+            self,
+            logits=self.logits[rows],
+            codes=self.codes[rows],
+            pyramid=self.pyramid.part(rows),
+            quality=None if self.quality is None else self.quality[rows],
+        )
+
 
 @dataclass
 class SlotOutput:
@@ -173,6 +194,16 @@ class SlotOutput:
     embeddings: Tensor
     pyramid: Pyramid
     dense: DenseOutput | None = None
+
+    def part(self, rows: slice) -> SlotOutput:
+        """What was predicted of some of the images."""
+        return SlotOutput(
+            self.logits[:, rows],
+            self.boxes[:, rows],
+            self.embeddings[rows],
+            self.pyramid.part(rows),
+            None if self.dense is None else self.dense.part(rows),
+        )
 
 
 @dataclass
