@@ -34,6 +34,7 @@ class Detector(nn.Module):
     Options: type[DetectorOptions] = DetectorOptions
     num_classes: int
     backbone: Backbone
+    classifier: tuple[str, ...]  # its modules that class scores depend on and boxes do not
     spec: dict[str, Any]  # plain values; `build_detector(**spec)` makes the same architecture again
 
     def features(self, images: Tensor, sizes: Tensor | None = None, shift: int = 0) -> Pyramid:

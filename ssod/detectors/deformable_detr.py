@@ -75,6 +75,7 @@ class DeformableDETR(Detector):
     """
 
     Options = DeformableDETROptions
+    classifier = ("cls_heads",)
 
     def __init__(self, num_classes: int, body: MakeBackbone, options: DeformableDETROptions) -> None:
         super().__init__()

@@ -70,6 +70,7 @@ class FasterRCNN(PyramidDetector):
 
     Options = FasterRCNNOptions
     options: FasterRCNNOptions
+    classifier = ("roi_logits",)
 
     def __init__(self, num_classes: int, body: MakeBackbone, options: FasterRCNNOptions) -> None:
         super().__init__(num_classes, options)

@@ -54,6 +54,7 @@ class FCOS(PyramidDetector):
 
     Options = FCOSOptions
     options: FCOSOptions
+    classifier = ("cls_tower", "cls_logits")
     strides = STRIDES
 
     def __init__(self, num_classes: int, body: MakeBackbone, options: FCOSOptions) -> None:

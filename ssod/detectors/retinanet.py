@@ -51,6 +51,7 @@ class RetinaNet(PyramidDetector):
 
     Options = RetinaNetOptions
     options: RetinaNetOptions
+    classifier = ("cls_tower", "cls_logits")
     strides = STRIDES
 
     def __init__(self, num_classes: int, body: MakeBackbone, options: RetinaNetOptions) -> None:
