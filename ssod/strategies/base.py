@@ -6,7 +6,6 @@ step, `after_step`. This base is the supervised control; its hooks are what othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,12 +101,8 @@ class Strategy(nn.Module):
             self.teacher.eval()  # its batch norm follows the student's statistics, never its own batches
         return self
 
-    def extra_heads(self) -> Mapping[str, nn.Module]:
-        """Heads used in training only: saved in checkpoints, absent from exports."""
-        return {}
-
     def networks(self) -> dict[str, Detector]:
-        """What can be evaluated and deployed, by name."""
+        """What can be evaluated and deployed, by name. Other modules of a strategy are saved to resume training."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher is not None else {})
 
     def pairs(self) -> list[tuple[Detector, Detector]]:

@@ -1,0 +1,41 @@
+"""What of a network stays as it is during a pass, and is as before afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextlib.contextmanager
+def parameters_held(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of `module` enters a graph: it gets no gradient from what is computed here.
+
+    Parameters of other modules that take part do. What depends on held parameters only costs no backward pass.
+    """
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def statistics_held(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms that train normalise by the batch, as ever, and their running statistics do not move.
+
+    For images unlike those of inference, whose mean and variance inference must not use.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
