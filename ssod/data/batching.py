@@ -85,7 +85,8 @@ class _Parcel:
         counts = [len(t) for t in view.targets]
         targets = Instances.cat(view.targets)
         arrays = [t.numpy() for t in (view.sizes, view.matrices, targets.boxes, targets.labels)]
-        return _unpack, (slabs.outgoing(view.images), counts, *arrays, view.indices)
+        complete = None if view.complete is None else view.complete.numpy()
+        return _unpack, (slabs.outgoing(view.images), counts, *arrays, view.indices, complete)
 
 
 def _unpack(
@@ -96,7 +97,9 @@ def _unpack(
     boxes: np.ndarray,
     labels: np.ndarray,
     indices: list[int],
+    complete: np.ndarray | None,
 ) -> View:
     per_image = zip(torch.from_numpy(boxes).split(counts), torch.from_numpy(labels).split(counts), strict=True)
     targets = [Instances(b, c) for b, c in per_image]
-    return View(images.open(), torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices)
+    told = None if complete is None else torch.from_numpy(complete)
+    return View(images.open(), torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices, told)

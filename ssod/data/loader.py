@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,7 +96,7 @@ class StepDataset(Dataset[SemiBatch | UserError]):
     def __init__(
         self,
         labeled: ViewMaker,
-        samples: Sequence[Sample],
+        samples: SampleTable,
         labeled_chains: Sequence[Chain],
         unlabeled: ViewMaker | None,
         strong: Chain,
@@ -105,6 +106,7 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         self.labeled, self.samples, self.labeled_chains = labeled, samples, labeled_chains
         self.unlabeled, self.strong = unlabeled, strong
         self.pad_to, self.square = pad_to, square
+        self.all_complete = bool(samples.complete.all())
 
     def __getitem__(self, step: int) -> SemiBatch | UserError:
         try:
@@ -129,7 +131,9 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         sources = [source for source, _ in drawn] * len(self.labeled_chains)
         indices = [source.index for source in sources]
         targets = [targets_in(s.objects(self.samples), f) for s, f in zip(sources, frames, strict=True)]
-        return stack(frames, targets, indices, self.pad_to, self.square)
+        view = stack(frames, targets, indices, self.pad_to, self.square)
+        complete = None if self.all_complete else torch.tensor([s.complete(self.samples) for s in sources])
+        return replace(view, complete=complete)
 
     def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:
         """The two views; one View for both where they are the same, so that its pixels travel once."""

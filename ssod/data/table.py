@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,7 @@ class Sample:
     labeled   False where annotations are absent or must not be looked at (then N = 0)
     areas     float32 [N]     pixels, the area by which COCO sorts small, medium and large; None = the boxes' own
     place     (tar file, first byte, bytes) of an image in a tar; None for a file of its own
+    complete  False where objects may be without annotation
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Sample:
     labeled: bool
     areas: np.ndarray | None = None
     place: tuple[Path, int, int] | None = None
+    complete: bool = True
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
@@ -107,6 +109,7 @@ class Columns:
     box_ends   int64 [I]        of boxes float32 [M, 4], labels int64 [M], crowd bool [M], areas float32 [M]
     has_areas  bool [I]         False: Sample.areas is None
     labeled    bool [I]
+    complete   bool [I]
     places     int64 [I, 3]     length of the part of the path that names the tar (0: a file of its own), first byte,
                                 bytes
     """
@@ -122,6 +125,7 @@ class Columns:
     areas: np.ndarray
     has_areas: np.ndarray
     labeled: np.ndarray
+    complete: np.ndarray
     places: np.ndarray
 
     def __getstate__(self) -> dict[str, torch.Tensor]:
@@ -192,6 +196,7 @@ class SampleTable(Sequence[Sample]):
             bool(c.labeled[row]),
             c.areas[first:last] if c.has_areas[row] else None,
             place,
+            bool(c.complete[row]),
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -215,10 +220,13 @@ class SampleTable(Sequence[Sample]):
 
     def without_labels(self) -> SampleTable:
         """The same images as unlabelled samples; the arrays of this table hold no box that could be looked at."""
-        rows, (paths, path_ends) = self.order, self._paths()
-        return unlabeled_table(
-            paths, path_ends, self.columns.ids[rows], self.columns.sizes[rows], self.columns.places[rows]
-        )
+        c, rows, (paths, path_ends) = self.columns, self.order, self._paths()
+        return unlabeled_table(paths, path_ends, c.ids[rows], c.sizes[rows], c.places[rows], c.complete[rows])
+
+    def as_partial(self) -> SampleTable:
+        """The same samples, none of them complete."""
+        columns = replace(self.columns, complete=np.zeros_like(self.columns.complete))
+        return SampleTable(columns, self.order)
 
     def renumbered(self) -> SampleTable:
         """The same samples with the image ids 1, 2, ..."""
@@ -240,6 +248,11 @@ class SampleTable(Sequence[Sample]):
     def labeled(self) -> np.ndarray:
         """Whether each sample is labelled, bool [I]."""
         return self.columns.labeled[self.order]
+
+    @property
+    def complete(self) -> np.ndarray:
+        """Whether all objects of each sample are annotated, bool [I]."""
+        return self.columns.complete[self.order]
 
     def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of all boxes of all samples: position of the sample, label, crowd; int64 [M], int64 [M], bool [M]."""
@@ -280,6 +293,7 @@ class SampleTable(Sequence[Sample]):
             c.areas[boxes],
             has_areas=c.has_areas[rows],
             labeled=c.labeled[rows],
+            complete=c.complete[rows],
             places=c.places[rows],
         )
 
@@ -299,7 +313,12 @@ def path_columns(paths: Iterable[str | Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unlabeled_table(
-    paths: np.ndarray, path_ends: np.ndarray, ids: np.ndarray, sizes: np.ndarray, places: np.ndarray | None = None
+    paths: np.ndarray,
+    path_ends: np.ndarray,
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    places: np.ndarray | None = None,
+    complete: np.ndarray | None = None,
 ) -> SampleTable:
     """A table of images without labels; the arguments are those of Columns."""
     n, (boxes, labels, crowd) = len(ids), no_objects()
@@ -316,6 +335,7 @@ def unlabeled_table(
             areas=np.zeros(0, np.float32),
             has_areas=np.zeros(n, np.bool_),
             labeled=np.zeros(n, np.bool_),
+            complete=np.ones(n, np.bool_) if complete is None else complete,
             places=np.zeros((n, 3), np.int64) if places is None else places,
         )
     )
@@ -337,6 +357,7 @@ def _columns(samples: Sequence[Sample]) -> Columns:
         np.concatenate([no_areas, *map(_area, samples)]),
         np.array([s.areas is not None for s in samples], np.bool_),
         np.array([s.labeled for s in samples], np.bool_),
+        np.array([s.complete for s in samples], np.bool_),
         np.array(
             [(len(os.fsencode(s.place[0])), *s.place[1:]) if s.place else (0, 0, 0) for s in samples], np.int64
         ).reshape(-1, 3),

@@ -64,9 +64,16 @@ def build_data(config: TrainConfig) -> TrainData:
         unlabeled = _unlabeled(config, train.samples.select(rest), notes)
     used = max(1, round(len(val.samples) * config.val_fraction))
     boxes = len(labeled.objects()[0])
+    partly = int((~labeled.complete).sum())
+    said = f", {partly} of them partly," if partly else ""
     notes.append(
-        f"{len(labeled)} labelled images with {boxes} boxes, {len(unlabeled)} unlabelled, {used} for validation"
+        f"{len(labeled)} labelled images{said} with {boxes} boxes, {len(unlabeled)} unlabelled, {used} for validation"
     )
+    if partly and not strategy_class(config.strategy.name).mines:
+        notes.append(
+            f"WARNING: strategy={config.strategy.name} learns as background what is not annotated in the {partly} "
+            "partly labelled images; strategy=comining looks for it."
+        )
     return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
 
 

@@ -137,6 +137,7 @@ def read(found: Found, inspector: Inspector) -> SampleTable:
             areas=np.where(np.isnan(told), own, told).astype(np.float32),
             has_areas=np.bincount(of, minlength=len(ids)) > 0,
             labeled=np.ones(len(ids), np.bool_),
+            complete=np.ones(len(ids), np.bool_),
             places=np.zeros((len(ids), 3), np.int64),
         )
     )

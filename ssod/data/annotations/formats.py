@@ -118,9 +118,7 @@ def _folder(folder: Path, root: Path, split: str, where: str) -> Found:
         fits.append(Found("tars", root, split, folder, None))
     if len(fits) > 1:
         both = " and ".join(f"{f.format} ({f.annotations or f.images})" for f in fits)
-        raise UserError(
-            f"{where}: {folder} may be {both}; point '{split}' at the file that counts, or remove the other."
-        )
+        raise UserError(f"{where}: {folder} may be {both}; point it at the file that counts, or remove the other.")
     if fits:
         return fits[0]
     if split == "unlabeled":

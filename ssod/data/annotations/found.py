@@ -19,6 +19,7 @@ class Found:
 
     images       the folder below which the images are; of a glob, the pattern
     annotations  the COCO JSON, the VOC list of names, the YOLO label folder or the text list; None where there is none
+    complete     False where the data YAML lists it as 'partial'
     """
 
     format: str
@@ -26,6 +27,7 @@ class Found:
     split: str
     images: Path
     annotations: Path | None
+    complete: bool = True
 
 
 def corrupt(path: Path, record: str, reason: str) -> NoReturn:

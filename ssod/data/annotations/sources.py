@@ -2,6 +2,7 @@
 
 path: ../datasets/fish     # relative to this file; `data_path=DIR` on the command line replaces it
 train: images/train        # see ssod.data.annotations.formats for what these may point to
+partial: images/sparse     # labelled images, too, but only some of their objects are annotated
 unlabeled: [images/more, images/still_more]   # several paths make one split
 val: images/val
 test: images/test
@@ -12,7 +13,7 @@ layout: images/ and labels/ of the fish set, from fish.example   # said where `p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from ssod.errors import UserError, did_you_mean
 __all__ = ["SPLITS", "DataYaml", "Dataset", "Problem", "Sample", "count_problems", "load_data", "read_data_yaml"]
 
 SPLITS = ("train", "unlabeled", "val", "test")
+_KEYS = ("train", "partial", *SPLITS[1:])
 
 
 @dataclass(frozen=True)
 class DataYaml:
     """A data YAML, read and checked; no file beyond the YAML itself was touched.
 
-    root: what the splits are relative to, an absolute path. splits: {split: its paths as written, one or more}.
+    root: what the splits are relative to, an absolute path. splits: {split: its paths as written, one or more}, those
+    of 'partial' behind those of 'train', as one split. partial: how many of the split "train" come from there.
     names: None where absent. layout: what should lie in `root`, for messages; "" where absent.
     """
 
@@ -43,6 +46,7 @@ class DataYaml:
     splits: dict[str, list[str]]
     names: list[str] | None
     layout: str = ""
+    partial: int = 0
 
 
 def load_data(
@@ -54,6 +58,7 @@ def load_data(
 ) -> Dataset:
     """Read one split ("train", "unlabeled", "val" or "test") that a data YAML describes.
 
+    The split "train" is of the images of 'train' and then those of 'partial', whose samples are not `complete`.
     `path` replaces the YAML's `path`, and is relative to the current folder. Of the split "unlabeled" only the images
     are used: annotations that lie beside them are not opened (of a COCO file, only its list of images is used).
     Flaws that can be mended, and images left out, are listed in the result's `problems`; with `strict` the first of
@@ -66,12 +71,12 @@ def load_data(
     try:
         parts = find_parts(data, split)
         names = _names(data, split, parts)
-        read = [SampleTable.of(read_split(found, names, inspector)) for found in parts]
+        read = [_read(found, names, inspector) for found in parts]
     finally:
         coco.forget()
-    where = f"{data.file}, '{split}'"
-    _refuse_empty(read, split, parts, where, inspector.problems)
-    samples = _as_one(read, where)
+    keys = " and ".join(f"'{key}'" for key in dict.fromkeys(map(_key, parts)))
+    _refuse_empty(read, parts, f"{data.file}, {keys}", inspector.problems)
+    samples = _as_one(read, f"{data.file}, {keys}")
     formats = " + ".join(dict.fromkeys(found.format for found in parts))
     return Dataset(samples, names, inspector.problems, formats, data.root, split)
 
@@ -82,7 +87,7 @@ def read_data_yaml(yaml_path: str | os.PathLike[str], path: str | os.PathLike[st
     content = _load_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a data YAML holds keys such as train, val and names, not a {type(content).__name__}.")
-    known = ("path", *SPLITS, "names", "nc", "layout")
+    known = ("path", *_KEYS, "names", "nc", "layout")
     for key in content:
         if key not in known:
             hint = did_you_mean(str(key), known) or f" The keys are {', '.join(known)}."
@@ -90,11 +95,14 @@ def read_data_yaml(yaml_path: str | os.PathLike[str], path: str | os.PathLike[st
     layout = content.get("layout") or ""
     if not isinstance(layout, str):
         raise UserError(f"{file}: 'layout' must be a text that says what lies in 'path', not {layout!r}.")
-    splits = {s: _paths(file, s, content[s]) for s in SPLITS if content.get(s) is not None}
-    if not splits:
-        raise UserError(f"{file}: no data in it; give at least one of {', '.join(SPLITS)}.")
+    paths = {key: _paths(file, key, content[key]) for key in _KEYS if content.get(key) is not None}
+    if not paths:
+        raise UserError(f"{file}: no data in it; give at least one of {', '.join(_KEYS)}.")
+    partial = paths.pop("partial", [])
+    if partial:
+        paths = {"train": paths.pop("train", []) + partial} | paths
     root = _root(file, content.get("path"), path, layout)
-    return DataYaml(file, root, splits, _yaml_names(file, content), layout)
+    return DataYaml(file, root, paths, _yaml_names(file, content), layout, len(partial))
 
 
 def _load_yaml(file: Path) -> Any:
@@ -157,9 +165,23 @@ def find_parts(data: DataYaml, split: str) -> list[Found]:
         raise UserError(f"Unknown split {split!r}; it is one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
     if split not in data.splits:
         raise UserError(f"{data.file}: there is no '{split}' in it; add the line '{split}: PATH' (relative to 'path').")
-    where = f"{data.file}, '{split}'"
     remedy = way_out(data.layout, data.root)
-    return [find_split(data.root, value, split, where, remedy) for value in data.splits[split]]
+    values, partial = data.splits[split], data.partial if split == "train" else 0
+    keys = [split] * (len(values) - partial) + ["partial"] * partial
+    return [
+        replace(find_split(data.root, value, split, f"{data.file}, '{key}'", remedy), complete=key == split)
+        for key, value in zip(keys, values, strict=True)
+    ]
+
+
+def _read(found: Found, names: list[str], inspector: Inspector) -> SampleTable:
+    samples = SampleTable.of(read_split(found, names, inspector))
+    return samples if found.complete else samples.as_partial()
+
+
+def _key(found: Found) -> str:
+    """The key of the data YAML that a path stands under."""
+    return found.split if found.complete else "partial"
 
 
 def _names(data: DataYaml, split: str, parts: list[Found]) -> list[str]:
@@ -202,15 +224,15 @@ def _as_one(parts: list[SampleTable], where: str) -> SampleTable:
     return samples
 
 
-def _refuse_empty(read: list[SampleTable], split: str, parts: list[Found], where: str, problems: list[Problem]) -> None:
+def _refuse_empty(read: list[SampleTable], parts: list[Found], where: str, problems: list[Problem]) -> None:
     for samples, found in zip(read, parts, strict=True):
         if not samples:
             first = f" The first of {len(problems)} problems: {problems[0]}." if problems else ""
             raise UserError(
                 f"{where}: no usable image in {found.annotations or found.images}; "
-                f"point '{split}' at data, or remove the line.{first}"
+                f"point '{_key(found)}' at data, or remove the line.{first}"
             )
-    if split != "unlabeled" and not any((~samples.objects()[2]).any() for samples in read):
+    if parts[0].split != "unlabeled" and not any((~samples.objects()[2]).any() for samples in read):
         places = " and ".join(str(found.annotations or found.images) for found in parts)
         raise UserError(
             f"{where}: {sum(map(len, read))} images but not one box in {places}; "

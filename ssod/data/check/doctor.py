@@ -60,6 +60,11 @@ class SplitReport:
         return self.dataset.samples[0].labeled
 
     @property
+    def partial(self) -> int:
+        """How many labelled images may hold objects without annotation."""
+        return int((~self.dataset.samples.complete).sum()) if self.labeled else 0
+
+    @property
     def empty(self) -> list[Sample]:
         """Images without any box, crowd included."""
         return [s for s in self.dataset.samples if len(s.boxes) == 0] if self.labeled else []

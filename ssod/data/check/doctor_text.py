@@ -57,6 +57,8 @@ def _numbers(report: Report) -> list[list[str]]:
     rows.append(["images", *(str(len(r.dataset)) for r in reports)])
     rows.append(["  commonest size", *(_commonest(r) for r in reports)])
     rows.append(["  long side", *(_spread([max(size) for size in r.sizes]) for r in reports)])
+    if any(r.partial for r in reports):
+        rows.append(row("  partly labelled", lambda r: str(r.partial)))
     rows.append(row("  without boxes", lambda r: str(len(r.empty))))
     if not all(r.labeled for r in reports):
         rows.append(["  labels, never read", *("-" if r.labeled else str(r.hidden or "none") for r in reports)])
@@ -163,6 +165,7 @@ def _split_dict(report: Report, numbers: SplitReport) -> dict[str, Any]:
         return out | {"images_with_labels_not_read": numbers.hidden}
     names = report.names
     return out | {
+        "images_partly_labeled": numbers.partial,
         "images_without_boxes": len(numbers.empty),
         "boxes": len(numbers.sides),
         "crowd": numbers.crowd,

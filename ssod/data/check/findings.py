@@ -84,6 +84,10 @@ def _of_split(report: Report, split: str, numbers: SplitReport) -> Iterator[Find
         where = [short(Problem("", str(s.path), "", "no box"), report.root) for s in numbers.empty]
         what = f"{_count(len(numbers.empty), 'image')} of {total} without any box"
         yield Finding("note", "image without boxes", split, what, where, "right if nothing is on them")
+    if numbers.partial:
+        what = f"{numbers.partial} of {total} images are partly labelled"
+        fix = "what is not annotated there is learned as background, unless strategy=comining looks for it"
+        yield Finding("note", "partly labelled", split, what, [], fix)
     if numbers.labeled:
         yield from _balance(report, split, numbers)
     if numbers.traits:

@@ -15,7 +15,7 @@ import numpy as np
 from ssod.data.annotations.coco import load, read_ids, with_objects
 from ssod.data.annotations.found import Found
 from ssod.data.annotations.sources import DataYaml, find_parts, load_data, read_data_yaml
-from ssod.data.samples import Dataset, Sample
+from ssod.data.samples import Dataset, SampleTable
 from ssod.data.split.canonical import check_count, pick, read_positions
 from ssod.data.split.sparse import Kind, erased_boxes
 from ssod.data.split.splits import choose_labeled
@@ -41,11 +41,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """One split to be written: its folder below OUT, what the manifest says of it, and its two files."""
+    """One split to be written: its folder below OUT, what the manifest says of it, and its two files.
+
+    complete: False where objects of the labelled images may be without annotation
+    """
 
     name: str
     about: dict[str, Any]
     files: dict[str, Selection]
+    complete: bool
 
 
 def read_source(yaml_path: Path, data_path: str | None = None, strict: bool = False) -> Source:
@@ -65,8 +69,16 @@ def read_source(yaml_path: Path, data_path: str | None = None, strict: bool = Fa
 
 
 def by_percent(source: Source, percents: Sequence[float], folds: int, seed: int) -> Iterator[Split]:
-    """Our own draw: fold k is what `ssod train labeled=P% seed=SEED+k` takes."""
+    """Our own draw: fold k is what `ssod train labeled=P% seed=SEED+k` takes.
+
+    Raises UserError where images with all and with some of their objects annotated would share one file.
+    """
     samples = source.train.samples
+    if len(np.unique(samples.complete)) > 1:
+        raise UserError(
+            f"{source.yaml.file} has 'train' and 'partial', and one labeled.json cannot hold images of both; "
+            "train with labeled=10%, which draws over all of them, or split a data YAML that has one of the two."
+        )
     for percent in dict.fromkeys(percents):
         if not 0 < percent <= 100:
             raise UserError(f"percent={percent:g}: a share lies above 0 and is at most 100.")
@@ -109,13 +121,14 @@ def by_erasing(source: Source, kind: Kind, folds: int, seed: int) -> Iterator[Sp
         about = {"kind": "sparse", "sparse": kind, "fold": str(fold), "seed": seed + fold}
         left = [(i, ~e) for i, e in enumerate(erased)]
         gone = [(i, e) for i, e in enumerate(erased) if e.any()]
-        yield Split(f"{kind}/fold{fold}", about, {"labeled": left, "erased": gone})
+        yield Split(f"{kind}/fold{fold}", about, {"labeled": left, "erased": gone}, complete=False)
 
 
-def _divided(name: str, about: dict[str, Any], samples: Sequence[Sample], chosen: set[int]) -> Split:
+def _divided(name: str, about: dict[str, Any], samples: SampleTable, chosen: set[int]) -> Split:
     labeled = [(i, np.ones(len(s.boxes), np.bool_)) for i, s in enumerate(samples) if i in chosen]
     rest = [(i, np.zeros(len(s.boxes), np.bool_)) for i, s in enumerate(samples) if i not in chosen]
-    return Split(name, about, {"labeled": labeled} | ({"unlabeled": rest} if rest else {}))
+    files = {"labeled": labeled} | ({"unlabeled": rest} if rest else {})
+    return Split(name, about, files, complete=bool(samples.complete.all()))
 
 
 def _plain(percent: float) -> str:

@@ -6,6 +6,7 @@ OUT/10percent/fold0/unlabeled.json  the other images, without boxes
 OUT/10percent/fold0/data.yaml       for `data=`: these two, and val, test and unlabeled of the source
 OUT/hard/fold0/labeled.json         sparse: all images with the boxes that are left
 OUT/hard/fold0/erased.json          sparse: the boxes that were erased
+OUT/hard/fold0/data.yaml            for `data=`: labeled.json as 'partial', and val, test and unlabeled of the source
 
 File names in the JSON files are relative to the source's `path`. JSON files and manifest depend on the data, the kind
 and the seed alone, to the last byte: not on folders, the machine, the time or the version of any library.
@@ -175,7 +176,8 @@ def _data_yaml(source: Source, split: Split, out: Path) -> str:
         "unlabeled": unlabeled + source.yaml.splits.get("unlabeled", []),
     }
     content: dict[str, Any] = {"path": Path(os.path.relpath(root, folder)).as_posix() if inside else root.as_posix()}
-    content |= {k: v[0] if len(v) == 1 else v for k, v in splits.items() if v}
+    train = "train" if split.complete else "partial"
+    content |= {train if k == "train" else k: v[0] if len(v) == 1 else v for k, v in splits.items() if v}
     content["names"] = source.train.names
     if source.yaml.layout:
         content["layout"] = source.yaml.layout

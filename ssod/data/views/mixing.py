@@ -64,6 +64,11 @@ class Source:
             return objects_of(samples[self.index])
         return Instances.cat([_visible(objects_of(samples[part.index]), part) for part in self.parts])
 
+    def complete(self, samples: Sequence[Sample]) -> bool:
+        """Whether every object is annotated: False as soon as one of the images that are seen may lack some."""
+        indices = [part.index for part in self.parts] or [self.index]
+        return all(samples[index].complete for index in indices)
+
     def as_parts(self) -> tuple[Part, ...]:
         """Itself as the one part it has, or the parts that it has."""
         h, w = self.frame.image.shape[1:]
