@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,12 @@ def made(draw: st.DrawFn, labeled: bool | None = None) -> Sample:
         labeled,
         areas,
         place,
+        draw(st.booleans()),
     )
 
 
 def assert_same(a: Sample, b: Sample) -> None:
-    for field in ("path", "image_id", "width", "height", "labeled", "place"):
+    for field in ("path", "image_id", "width", "height", "labeled", "place", "complete"):
         assert getattr(a, field) == getattr(b, field)
     for field in ("boxes", "labels", "crowd", "areas"):
         one, other = getattr(a, field), getattr(b, field)
@@ -72,6 +74,7 @@ def test_a_table_is_the_list_it_was_made_of(first: list[Sample], second: list[Sa
     assert table.ids.tolist() == [s.image_id for s in samples]
     assert table.sizes.tolist() == [[s.width, s.height] for s in samples]
     assert table.labeled.tolist() == [s.labeled for s in samples]
+    assert table.complete.tolist() == [s.complete for s in samples]
     owner, labels, crowd = table.objects()
     assert owner.tolist() == [i for i, s in enumerate(samples) for _ in s.labels]
     assert labels.tolist() == [label for s in samples for label in s.labels]
@@ -85,7 +88,7 @@ def test_a_table_is_the_list_it_was_made_of(first: list[Sample], second: list[Sa
 def test_without_labels_no_box_is_left(samples: list[Sample]) -> None:
     table = SampleTable.of(samples).without_labels()
     for a, b in zip(table, samples, strict=True):
-        assert_same(a, Sample.unlabeled(b.path, b.image_id, b.width, b.height, b.place))
+        assert_same(a, replace(Sample.unlabeled(b.path, b.image_id, b.width, b.height, b.place), complete=b.complete))
     assert len(table.columns.boxes) == len(table.columns.labels) == 0
 
 
