@@ -44,6 +44,11 @@ DROPPING = {
     "coco_full_prc": (4, 16, 180_000, 4.0, 0.005, [120_000, 160_000]),
     "voc_prc": (8, 8, 72_000, 2.0, 0.004, [48_000, 64_000]),
 }
+# detector, t, alpha, optimizer, learning rate, share of it for the backbone. Ours, but for Deformable DETR's optimizer
+LSM = {
+    "coco10_lsm": ("faster_rcnn", 0.7, 0.5, "sgd", 0.01, 1.0),
+    "coco10_lsm_detr": ("deformable_detr", 0.6, 0.4, "adamw", 2e-4, 0.1),
+}
 SPARSE = ("easy", "hard", "extreme", "50miss")
 
 
@@ -62,7 +67,8 @@ def test_every_recipe_builds_its_model_views_and_schedule(path: Path) -> None:
     if config.nominal_batch is not None:
         assert config.batch == config.nominal_batch
         other = load_config("train", {"cfg": str(path), "batch": config.batch // 2})
-        assert (other.iters, other.lr0) == (2 * config.iters, pytest.approx(config.lr0 / 2))
+        slower = 2 if config.optimizer == "sgd" else 2**0.5
+        assert (other.iters, other.lr0) == (2 * config.iters, pytest.approx(config.lr0 / slower, rel=1e-5))
         assert len(other.notes) == 1
 
 
@@ -126,6 +132,18 @@ def test_soft_teacher_and_prc_have_their_papers_numbers(name: str) -> None:
     else:
         assert own == {"candidates": 0.5, "tau": 0.9, "jitters": 10, "jitter": 0.06, "spread": 0.02}
         assert c.eval_on == "student"
+
+
+@pytest.mark.parametrize("name", LSM)
+def test_lsm_recipes_have_the_numbers_we_chose(name: str) -> None:
+    c, base = load_config("train", {"cfg": f"{name}.yaml"}), load_config("train", {"cfg": "coco10.yaml"})
+    detector, tau, alpha, optimizer, lr, body = LSM[name]
+    assert (c.detector.name, c.detector.options) == (detector, {"half_scale": True})
+    own = {"tau": tau, "alpha": alpha, "weight": 4.0, "pim_weight": 0.5, "distill_weight": 1.0, "nms": 0.5}
+    assert (c.strategy.name, c.strategy.options) == ("lsm", own)
+    assert (c.optimizer, c.lr0, c.lr_backbone) == (optimizer, lr, body)
+    for key in ("labeled", "unlabeled", "batch", "batch_unlabeled", "iters", "burn_in", "ema_decay", "augment"):
+        assert getattr(c, key) == getattr(base, key), key
 
 
 @pytest.mark.parametrize("kind", SPARSE)

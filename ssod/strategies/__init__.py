@@ -19,6 +19,7 @@ STRATEGIES = {
     "soft_teacher": "ssod.strategies.soft_teacher:SoftTeacher",
     "rpl": "ssod.strategies.rpl:RPL",
     "prc": "ssod.strategies.prc:PRC",
+    "lsm": "ssod.strategies.lsm:LSM",
 }
 
 

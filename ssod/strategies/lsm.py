@@ -1,0 +1,159 @@
+"""LSM: low-confidence samples mining (Liu et al., "Low-Confidence Samples Mining for Semi-supervised Object Detection",
+2023).
+
+A mean teacher with hard pseudo boxes above tau, plus two parts. Pseudo information mining (PIM): the strong view at
+half size goes through the same backbone and the same box regression, but an auxiliary classifier of its own, and learns
+from the teacher's boxes above a lower threshold alpha. Self-distillation: where the auxiliary classifier's score lies
+between alpha and tau, the main classifier at full size learns its prediction.
+
+`L = L_s + w_u L_main(tau) + w_p L_PIM(alpha) + w_d L_SD`. Inference knows nothing of the auxiliary classifier.
+
+Letters: M candidates of the batch, C of them chosen, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ssod.detectors.base import Detector, full_precision
+from ssod.errors import UserError
+from ssod.nn.held import parameters_held, statistics_held
+from ssod.ops.half import half_size
+from ssod.ops.pseudo import above
+from ssod.strategies.aux_head import copied_classifier, with_classifier
+from ssod.strategies.base import Plan, StepOutput
+from ssod.strategies.foreground import JUDGED
+from ssod.strategies.pairing import Paired, pair
+from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.structures import Candidates, Instances, SemiBatch, View, Weights
+
+
+class LSM(TeacherStudent):
+    class Options(TeacherStudentOptions):
+        tau: float = Field(0.7, ge=0, le=1, description="t, score from which a box teaches the main classifier")
+        alpha: float = Field(0.5, ge=0, le=1, description="score from which a box teaches the auxiliary classifier")
+        pim: bool = Field(True, description="learn at half size, by an auxiliary classifier, from boxes above alpha")
+        distill: bool = Field(
+            True, description="the main classifier learns the auxiliary one's predictions between alpha and tau"
+        )
+        pim_weight: float = Field(0.5, ge=0, description="w_p, weight of the half-size images' loss")
+        distill_weight: float = Field(1.0, ge=0, description="w_d, weight of the self-distillation")
+
+    options: Options
+
+    def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
+        _check(student, options)
+        super().__init__(student, options, plan)
+        self.aux = copied_classifier(student) if options.pim else None
+
+    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+        """The labelled images teach the auxiliary classifier, too, and by this term nothing but it."""
+        losses = super().supervised(batch)
+        if self.aux is not None:
+            with parameters_held(self.student):
+                output = self.half_output(batch.labeled)
+                own = self.twin().loss(output, batch.labeled.targets, classes_only)
+            losses["aux"] = self.options.pim_weight * torch.stack(list(own.values())).sum()
+        return losses
+
+    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+        assert batch.weak is not None
+        assert batch.strong is not None
+        options = self.options
+        found = self.detect(batch.weak, options.alpha if options.pim else options.tau)
+        mapped = self.to_strong(batch, found)
+        tau = torch.full_like(self.label_counts, options.tau)  # [K]
+        targets = [as_targets(above(m, tau)) for m in mapped]
+        output = self.student_output(batch.strong)
+        out = self.step_output(self.student.loss(output, targets), step, found, targets, options.tau)
+        if self.aux is None:
+            return out
+
+        ramp = self.ramp(step)
+        half = self.half_output(batch.strong)
+        mined = self.twin().loss(half, [as_targets(m) for m in mapped])
+        out.losses |= {f"pim/{k}": ramp * options.pim_weight * v for k, v in mined.items()}
+        out.stats["pseudo/pim_per_image"] = sum(map(len, mapped)) / len(mapped)
+        if options.distill:
+            pairs = pair(self.student, output, self.twin(), half, None)
+            loss, chosen = self_distillation(pairs, options.alpha, options.tau)
+            out.losses["distill"] = ramp * options.distill_weight * loss
+            out.stats["distill/per_image"] = chosen / len(mapped)
+        return out
+
+    def twin(self) -> Detector:
+        """The student with F_aux in the place of F_main."""
+        assert self.aux is not None
+        return with_classifier(self.student, self.aux)
+
+    def half_output(self, view: View) -> Any:
+        """The twin's raw output on a view at half size, in the frame of the full size.
+
+        Running statistics stay those of full-size images, which inference sees.
+        """
+        twin = self.twin()
+        images, sizes = half_size(view)
+        with statistics_held(twin):
+            return twin.head(twin.features(images, sizes, shift=1))
+
+
+def as_targets(pseudo: Instances) -> Instances:
+    """Hard targets: a pseudo box counts like an annotation, for class and box."""
+    return Instances(pseudo.boxes, pseudo.labels)
+
+
+def classes_only(candidates: Candidates) -> Weights:
+    """Weights that leave of all losses those of the classifier: no box loss, and none of an RPN."""
+    nothing = candidates.boxes.new_zeros(len(candidates.labels))
+    return Weights(cls=nothing if candidates.stage == "rpn" else None, box=nothing)
+
+
+def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Tensor, int]:
+    """KL(F_aux || F_main), the mean over the candidates whose auxiliary score lies in [low, high], and their number.
+
+    The score is the highest probability of a class; a sigmoid's KL is the sum of the binary ones of each class, a
+    softmax's is over the classes and the background. Without any candidate 0, in the graph.
+    """
+    judged = next(p for p in pairs if p.stage in JUDGED)
+    with full_precision(judged.logits):
+        target = judged.target.detach().float()  # [M, K], [M, K + 1] where exclusive
+        probability = target.softmax(dim=1)[:, :-1] if judged.exclusive else target.sigmoid()
+        score = probability.amax(dim=1)
+        chosen = ((score >= low) & (score <= high)).nonzero().squeeze(1)  # [C]
+        main, aux = judged.logits[chosen].float(), target[chosen]
+        outcomes = _exclusive if judged.exclusive else _independent
+        total = F.kl_div(outcomes(main), outcomes(aux), reduction="sum", log_target=True)
+        return total / max(1, len(chosen)), len(chosen)
+
+
+def _exclusive(logits: Tensor) -> Tensor:
+    """Log probabilities of one of the classes and the background: [C, K + 1]."""
+    return logits.log_softmax(dim=1)
+
+
+def _independent(logits: Tensor) -> Tensor:
+    """Log probabilities of yes and of no for each class: [2, C, K]."""
+    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)])
+
+
+def _check(student: Detector, options: LSM.Options) -> None:
+    if options.distill and not options.pim:
+        raise UserError(
+            "strategy.distill=true learns from the auxiliary classifier that strategy.pim=false leaves out; "
+            "set strategy.pim=true, or strategy.distill=false, too."
+        )
+    if options.pim and options.alpha > options.tau:
+        raise UserError(
+            f"strategy.alpha={options.alpha} is above strategy.tau={options.tau}: the auxiliary classifier is to learn "
+            "from more boxes, not from fewer; lower strategy.alpha."
+        )
+    if options.pim and not student.spec["options"].get("half_scale"):
+        raise UserError(
+            "strategy=lsm looks at half-size images, which need one pyramid level more; set detector.half_scale=true, "
+            "or strategy.pim=false strategy.distill=false."
+        )
