@@ -8,7 +8,8 @@ decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ from ssod.errors import UserError
 from ssod.nn.backbone import Backbone
 from ssod.ops.assign import PaddedTargets
 from ssod.ops.codecs import Codec
+from ssod.ops.set_matching import CostWeights
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOutput, Weigh, Weights
 
 
@@ -68,6 +70,8 @@ class Detector(nn.Module):
 class HasDense(Protocol):
     """Class and box maps of every candidate: what SED's re-weighting and Co-mining work on.
 
+    Those of a detector of two stages are its first stage's: one logit, an object or not.
+
     codec  what the codes of `dense` mean
     """
 
@@ -79,9 +83,31 @@ class HasDense(Protocol):
 
 @runtime_checkable
 class HasSlots(Protocol):
-    """Queries with an embedding, class logits and a box each, in no order: what is matched by Hungarian assignment."""
+    """Queries with an embedding, class logits and a box each, in no order: what is matched by Hungarian assignment.
+
+    cost  how much class, L1 distance and GIoU count in the matching
+    """
+
+    @property
+    def cost(self) -> CostWeights: ...
 
     def slots(self, output: Any) -> SlotOutput: ...
+
+
+@dataclass
+class RegionOutput:
+    """What a region head says of M given boxes of the batch, the first image's first.
+
+    logits   float32 [M, K + 1]  before the softmax, background last
+    labels   int64 [M]           the class whose box is given
+    boxes    float32 [M, 4]      xyxy pixels, the given box as corrected for that class, not clipped
+    quality  float32 [M]         0 .. 1, the codec's, None where it has none
+    """
+
+    logits: Tensor
+    labels: Tensor
+    boxes: Tensor
+    quality: Tensor | None
 
 
 @runtime_checkable
@@ -89,12 +115,16 @@ class HasRegions(Protocol):
     """Region proposals that another network may score: what PRC and Soft Teacher's jitter need.
 
     proposals  B tensors [R, 4] xyxy pixels, by descending objectness
+    read       boxes of each image -> what the head says of them, with gradient; corrected for the class asked for
+               (labels of each image, int64 [R]) or for the best one
     classify   boxes of each image -> probabilities [R, K + 1] of each, background last
-    refine     boxes of each image -> as many Instances, same order: the box as the head corrects it for the class
-               asked for (labels of each image, int64 [R]) or for its best one; scores are that class's probabilities
+    refine     boxes of each image -> as many Instances, same order: boxes as in `read`, clipped; scores are the
+               probabilities of their class
     """
 
     def proposals(self, output: Any) -> list[Tensor]: ...
+
+    def read(self, output: Any, boxes: list[Tensor], labels: list[Tensor] | None = None) -> RegionOutput: ...
 
     def classify(self, output: Any, boxes: list[Tensor]) -> list[Tensor]: ...
 
@@ -127,6 +157,14 @@ def pyramid_of(maps: dict[int, Tensor], images: Tensor, sizes: Tensor | None, sh
 def full_precision(like: Tensor) -> torch.autocast:
     """Losses and decoding compute in float32 also inside a caller's autocast: a context for the device of `like`."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def touching(x: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+    """x with a gradient of 0 to the parameters of modules that a step may leave out: a parameter without any gradient
+    would stop DDP."""
+    if not torch.is_grad_enabled():
+        return x
+    return x + 0 * torch.stack([p.sum() for m in modules for p in m.parameters()]).sum()
 
 
 def candidate_weights(candidates: Candidates, targets: PaddedTargets, weigh: Weigh | None) -> Weights:

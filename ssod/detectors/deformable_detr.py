@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssod.detectors.base import Detector, DetectorOptions, check_batch, check_targets, full_precision, pyramid_of
+from ssod.detectors.base import (
+    Detector,
+    DetectorOptions,
+    check_batch,
+    check_targets,
+    full_precision,
+    pyramid_of,
+    touching,
+)
 from ssod.detectors.set_loss import SetLoss, valid_extent
 from ssod.errors import UserError
 from ssod.nn.backbone import MakeBackbone
@@ -91,8 +99,9 @@ class DeformableDETR(Detector):
         self.level_embed = nn.ParameterDict({str(s): nn.Parameter(torch.randn(options.width)) for s in self.strides})
 
         o = options
-        cost, coef = CostWeights(o.cls_cost, o.l1_cost, o.giou_cost), CostWeights(o.cls_coef, o.l1_coef, o.giou_coef)
-        self.criterion = SetLoss(num_classes, cost, coef, o.aux_coef, o.encoder_coef, o.focal_alpha)
+        self.cost = CostWeights(o.cls_cost, o.l1_cost, o.giou_cost)
+        coef = CostWeights(o.cls_coef, o.l1_coef, o.giou_coef)
+        self.criterion = SetLoss(num_classes, self.cost, coef, o.aux_coef, o.encoder_coef, o.focal_alpha)
         shape = (o.width, o.heads, o.points, self.strides, o.feed_forward, o.dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*shape) for _ in range(o.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(*shape) for _ in range(o.decoder_layers))
@@ -145,10 +154,8 @@ class DeformableDETR(Detector):
                 "set detector.half_scale=true."
             )
         if self.options.half_scale and shift == 0:
-            # The projection that only half-size images use: without any gradient in a step it would stop DDP.
-            lowest = next(iter(self.project.values()))
             first = min(projected)
-            projected[first] = projected[first] + 0 * sum(p.sum() for p in lowest.parameters())
+            projected[first] = touching(projected[first], [self.project[str(first // 2)]])
         return pyramid_of(projected, images, sizes, shift)
 
     def head(self, pyramid: Pyramid) -> SlotOutput:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssod.detectors.base import candidate_weights, check_targets, full_precision
+from ssod.detectors.base import RegionOutput, candidate_weights, check_targets, full_precision
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
 from ssod.errors import UserError
 from ssod.nn.backbone import Backbone, MakeBackbone, MissingStrides
@@ -75,7 +75,7 @@ class FasterRCNN(PyramidDetector):
     def __init__(self, num_classes: int, body: MakeBackbone, options: FasterRCNNOptions) -> None:
         super().__init__(num_classes, options)
         self.strides = tuple(options.lowest_stride * 2**i for i in range(LEVELS))
-        self.rpn_codec = L1Codec()
+        self.codec = L1Codec()  # of what `dense` gives
         self.roi_codec = anchor_codec(options, (10, 10, 5, 5), 1 / 9)
         # A bucket code has 8 K numbers: of each class, it would be most of the network's weights.
         agnostic = options.codec == "bucket" if options.class_agnostic is None else options.class_agnostic
@@ -88,7 +88,7 @@ class FasterRCNN(PyramidDetector):
         width, anchors = options.fpn_channels, self.anchors.per_cell
         self.rpn_conv = nn.Conv2d(width, width, 3, padding=1)
         self.rpn_logits = nn.Conv2d(width, anchors, 1)
-        self.rpn_codes = nn.Conv2d(width, anchors * self.rpn_codec.dim, 1)
+        self.rpn_codes = nn.Conv2d(width, anchors * self.codec.dim, 1)
 
         self.fc1 = nn.Linear(width * ROI_SIZE**2, options.box_head_width)
         self.fc2 = nn.Linear(options.box_head_width, options.box_head_width)
@@ -111,7 +111,7 @@ class FasterRCNN(PyramidDetector):
         for x in pyramid.maps.values():
             hidden = self.rpn_conv(x).relu_()
             logits.append(per_anchor(self.rpn_logits(hidden), 1))
-            codes.append(per_anchor(self.rpn_codes(hidden), self.rpn_codec.dim))
+            codes.append(per_anchor(self.rpn_codes(hidden), self.codec.dim))
         anchors, spans = self._places(pyramid)
         return DenseOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
 
@@ -161,27 +161,34 @@ class FasterRCNN(PyramidDetector):
         """The regions that `decode` looks at: B tensors [R, 4] xyxy pixels, by descending objectness, no gradient."""
         return self._propose(output, self.options.test_pre_nms, self.options.test_proposals)
 
+    def read(self, output: DenseOutput, boxes: list[Tensor], labels: list[Tensor] | None = None) -> RegionOutput:
+        """What the RoI head says of given boxes, B tensors [R, 4], corrected for given classes or for the best one."""
+        with full_precision(output.logits):
+            logits, codes = self._region_head(output.pyramid, boxes)
+            wanted = logits[:, :-1].argmax(dim=1) if labels is None else torch.cat(labels)  # [M]
+            corrected, quality = self.roi_codec.decode(self._codes_for(codes, wanted), torch.cat(boxes))
+            return RegionOutput(logits, wanted, corrected, quality)
+
     def classify(self, output: DenseOutput, boxes: list[Tensor]) -> list[Tensor]:
         """Class probabilities of given boxes: B tensors [R, 4] -> B tensors [R, K + 1], background last."""
-        with full_precision(output.logits):
-            logits, _ = self._region_head(output.pyramid, boxes)
-            return list(logits.softmax(dim=1).split([len(b) for b in boxes]))
+        return list(self.read(output, boxes).logits.softmax(dim=1).split([len(b) for b in boxes]))
 
     def refine(self, output: DenseOutput, boxes: list[Tensor], labels: list[Tensor] | None = None) -> list[Instances]:
         """Given boxes as the RoI head corrects them for given classes, or for their best class: as many, in the same
         order, clipped."""
-        with full_precision(output.logits):
-            logits, codes = self._region_head(output.pyramid, boxes)
-            probability = logits.softmax(dim=1)[:, :-1]  # [M, K]
-            wanted = probability.argmax(dim=1) if labels is None else torch.cat(labels)  # [M]
-            scores = probability.gather(1, wanted.unsqueeze(1)).squeeze(1)
-            best = self._codes_for(codes, wanted)  # [M, D]
-            refined, quality = self.roi_codec.decode(best, torch.cat(boxes))
-            counts = [len(b) for b in boxes]
-            refined = clip(refined, output.pyramid.sizes[_image_of(boxes)])
-            every = Instances(refined, wanted, scores, quality)
-            starts = [sum(counts[:i]) for i in range(len(counts))]
-            return [every[s : s + n] for s, n in zip(starts, counts, strict=True)]
+        said = self.read(output, boxes, labels)
+        scores = said.logits.softmax(dim=1).gather(1, said.labels.unsqueeze(1)).squeeze(1)
+        corrected = clip(said.boxes, output.pyramid.sizes[_image_of(boxes)])
+        every = Instances(corrected, said.labels, scores, said.quality)
+        counts = [len(b) for b in boxes]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return [every[s : s + n] for s, n in zip(starts, counts, strict=True)]
+
+    # ---- HasDense
+
+    def dense(self, output: DenseOutput) -> DenseOutput:
+        """What `HasDense` asks for: the RPN's objectness and boxes, K = 1."""
+        return output
 
     # ---- inside
 
@@ -195,8 +202,8 @@ class FasterRCNN(PyramidDetector):
             index.append(where + span.start)
             level.append(torch.full_like(where[0], i))
         score, anchor, group = torch.cat(best, dim=1), torch.cat(index, dim=1), torch.cat(level)  # [B, T], [B, T], [T]
-        codes = output.codes.float().gather(1, anchor.unsqueeze(-1).expand(-1, -1, self.rpn_codec.dim))
-        boxes, _ = self.rpn_codec.decode(codes, output.anchors[anchor])
+        codes = output.codes.float().gather(1, anchor.unsqueeze(-1).expand(-1, -1, self.codec.dim))
+        boxes, _ = self.codec.decode(codes, output.anchors[anchor])
         boxes = clip(boxes, output.pyramid.sizes[:, None])
 
         proposals = []
@@ -226,7 +233,7 @@ class FasterRCNN(PyramidDetector):
         box_weight = None if weights.box is None else weights.box[fg]
         return {
             "rpn_cls": weighted_sum(objectness, weights.cls) / candidates.divisor,
-            "rpn_box": self.rpn_codec.loss(codes, candidates.boxes[fg], boxes, box_weight) / candidates.divisor,
+            "rpn_box": self.codec.loss(codes, candidates.boxes[fg], boxes, box_weight) / candidates.divisor,
         }
 
     def _roi_loss(

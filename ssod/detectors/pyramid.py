@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ssod.detectors.base import Detector, DetectorOptions, check_batch, pyramid_of
+from ssod.detectors.base import Detector, DetectorOptions, check_batch, pyramid_of, touching
 from ssod.errors import UserError
 from ssod.nn.fpn import FPN
 from ssod.ops.anchors import AnchorGrid
@@ -60,7 +60,11 @@ class PyramidDetector(Detector):
         """
         check_batch(images, sizes)
         maps = self.backbone(self.backbone.normalize(images, sizes))
-        return pyramid_of(self.fpn(maps, [s // 2**shift for s in self.strides]), images, sizes, shift)
+        levels = self.fpn(maps, [s // 2**shift for s in self.strides])
+        if self.options.half_scale and shift == 0:
+            first = self.strides[0]
+            levels[first] = touching(levels[first], self.fpn.of_level(first // 2))
+        return pyramid_of(levels, images, sizes, shift)
 
     def _places(self, pyramid: Pyramid) -> tuple[Tensor, dict[int, slice]]:
         """Anchors [P, 4] of the levels of a pyramid, and the slice of each stride."""

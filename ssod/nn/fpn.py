@@ -46,6 +46,10 @@ class FPN(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
+    def of_level(self, stride: int) -> tuple[nn.Module, nn.Module]:
+        """What only this level's map goes through."""
+        return self.lateral[str(stride)], self.smooth[str(stride)]
+
     def forward(self, maps: dict[int, Tensor], strides: Collection[int]) -> dict[int, Tensor]:
         """{stride: [B, C_s, h, w]} -> {stride: [B, channels, h, w]}, ascending; no other level is computed.
 

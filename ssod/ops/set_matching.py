@@ -44,17 +44,25 @@ def pair_costs(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, w
     """Cost of each query and target.
 
     logits [..., B, Q, K], boxes [..., B, Q, 4], labels int64 [B, N], targets [B, N, 4]  ->  float32 [..., B, Q, N]
+    Soft labels are probabilities of each class, float32 [B, N, K]: each class costs as much as it is probable.
 
     The class cost is what the focal loss of the target's class would gain by taking it as an object.
     """
-    index = labels.unsqueeze(1).expand(*logits.shape[:-1], -1)  # [..., B, Q, N]
-    probability = logits.float().sigmoid().gather(-1, index)
-    as_object = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + EPS).log()
-    as_nothing = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + EPS).log()
+    if labels.is_floating_point():
+        classes = _class_cost(logits.float().sigmoid()) @ labels.transpose(-1, -2)
+    else:
+        index = labels.unsqueeze(1).expand(*logits.shape[:-1], -1)  # [..., B, Q, N]
+        classes = _class_cost(logits.float().sigmoid().gather(-1, index))
     boxes = boxes.float()
     distance = torch.cdist(boxes, targets.expand(*boxes.shape[:-2], -1, -1), p=1)
     giou = _giou_matrix(to_corners(boxes), to_corners(targets))
-    return weights.cls * (as_object - as_nothing) + weights.l1 * distance - weights.giou * giou
+    return weights.cls * classes + weights.l1 * distance - weights.giou * giou
+
+
+def _class_cost(probability: Tensor) -> Tensor:
+    as_object = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + EPS).log()
+    as_nothing = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + EPS).log()
+    return as_object - as_nothing
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
-from ssod.ops.boxes import centers, clip, iou_matrix
+from ssod.ops.boxes import clip, iou_matrix
+from ssod.ops.places import same_place
 from ssod.ops.set_matching import to_corners
-from ssod.ops.views import between, map_boxes, map_points
+from ssod.ops.views import between, map_boxes
 from ssod.structures import Candidates, DenseOutput, Instances, SemiBatch
 
 Reliability = Callable[[Candidates], Tensor]  # [M] in 0 .. 1
@@ -95,47 +96,6 @@ def dense_reliability(teacher: HasDense, view: WeakView, candidates: Candidates,
         out = 1 - probability
         out[foreground] = probability[foreground] * quality
         return out
-
-
-def same_place(seen: DenseOutput, other: DenseOutput, matrices: Tensor) -> Tensor:
-    """For each candidate of one view the candidate of another that looks at the same place: int64 [B, P].
-
-    seen, other  outputs of the same kind of head on two views of the same images
-    matrices     [B, 3, 3] pixels of `seen` -> pixels of `other`
-    The level is the one whose stride is nearest after scaling, the cell the one whose centre is nearest to the moved
-    one, the anchor of a cell that of the same number.
-    """
-    grids = [_grid(other, stride, matrices.device) for stride in other.spans]
-    strides, starts, cells, origins, pitches = (torch.stack(column) for column in zip(*grids, strict=True))
-    linear = matrices[:, :2, :2].double()
-    scale = (linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0]).abs().sqrt()  # [B]
-
-    places = []
-    for stride, span in seen.spans.items():
-        height, width = seen.pyramid.maps[stride].shape[-2:]
-        count = span.stop - span.start
-        per_cell = count // (height * width)
-        level = (strides.log2() - (stride * scale).log2()[:, None]).abs().argmin(dim=1)  # [B]
-        center = centers(seen.anchors[span])
-        moved = torch.stack([map_points(center, m) for m in matrices])  # [B, count, 2]
-        cell = ((moved - origins[level, None]) / pitches[level, None]).round().long()
-        cell = torch.minimum(cell.clamp(min=0), cells[level, None] - 1)  # at the border: the nearest
-        row_start = cell[..., 1] * cells[level, None, 0]
-        anchor = torch.arange(count, device=matrices.device) % per_cell
-        places.append(starts[level, None] + (row_start + cell[..., 0]) * per_cell + anchor)
-    return torch.cat(places, dim=1)
-
-
-def _grid(output: DenseOutput, stride: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Of a level: its stride, first candidate, cells (across, down), first centre (x, y), and the way from one centre
-    to the next (x, y)."""
-    span = output.spans[stride]
-    down, across = output.pyramid.maps[stride].shape[-2:]
-    cells = torch.tensor([across, down], device=device)
-    first, last = centers(output.anchors[span.start]), centers(output.anchors[span.stop - 1])
-    # Read off the anchors: their places are not always multiples of the stride (`rounded_strides`).
-    pitch = ((last - first) / (cells - 1).clamp(min=1)).where(cells > 1, float(stride))
-    return torch.tensor(float(stride), device=device), torch.tensor(span.start, device=device), cells, first, pitch
 
 
 @torch.no_grad()

@@ -233,7 +233,7 @@ def test_capabilities():
         assert isinstance(small(dense), HasDense)
         assert not isinstance(small(dense), HasRegions)
     assert isinstance(small("faster_rcnn"), HasRegions)
-    assert not isinstance(small("faster_rcnn"), HasDense)
+    assert isinstance(small("faster_rcnn"), HasDense)  # its first stage
     assert isinstance(small("deformable_detr"), HasSlots)
     assert isinstance(small("deformable_detr"), HasDense)
     assert not isinstance(small("fcos"), HasSlots)

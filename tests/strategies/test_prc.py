@@ -15,6 +15,7 @@ from ssod.detectors import build_detector
 from ssod.detectors.base import HasDense
 from ssod.errors import UserError
 from ssod.ops.codecs import GaussianCodec
+from ssod.ops.places import same_place
 from ssod.ops.views import map_boxes
 from ssod.strategies import build_strategy
 from ssod.strategies.base import Plan
@@ -24,7 +25,6 @@ from ssod.strategies.reliability import (
     dense_reliability,
     query_reliability,
     region_reliability,
-    same_place,
 )
 from ssod.structures import Candidates, Instances, Pyramid, SlotOutput, Weights
 
