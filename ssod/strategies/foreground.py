@@ -14,11 +14,8 @@ from ssod.detectors.base import Detector, HasRegions
 from ssod.ops.codecs import Codec
 from ssod.structures import Candidates, DenseOutput, SlotOutput
 
-JUDGED = (
-    "dense",
-    "roi",
-    "query",
-)  # stages whose candidates have a class of their own: not an RPN's, one layer of a DETR
+# Stages whose candidates have a class of their own: not an RPN's; of a DETR one layer.
+JUDGED = ("dense", "roi", "query")
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 
 A variance branch (`detector.codec=gaussian`) says how certain every box is. LER: pseudo boxes teach boxes as much as
 the teacher is certain of them. PRC: the student's candidates teach classes as much as the teacher finds them reliable.
+RPL's thresholds and weights by class go with both (`balance.py`); they are off unless asked for.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from torch import Tensor
 from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
+from ssod.ops.pseudo import above
+from ssod.strategies.balance import Balance, BalanceOptions
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.reliability import Reliability, WeakView, judge
-from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.strategies.teacher_student import TeacherStudent
 from ssod.structures import Candidates, Instances, SemiBatch, Weigh, Weights
 
 CLASSLESS = ("rpn", "encoder")  # stages that tell objects from background only: neither LER nor PRC speaks of them
 
 
 class PRC(TeacherStudent):
-    class Options(TeacherStudentOptions):
+    class Options(BalanceOptions):
         tau: float = Field(0.8, ge=0, le=1, description="lowest foreground score of a pseudo box")
         weight: float = Field(4.0, ge=0, description="beta, weight of the unlabelled images' loss")
         nms: float = Field(0.5, gt=0, le=1, description="NMS threshold of the teacher's boxes")
@@ -36,24 +39,37 @@ class PRC(TeacherStudent):
     def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
         super().__init__(student, options, plan)
         _check_codec(student, options)
+        # s_loc is at most 0.5: as Eq. 6's v it would lower every threshold and raise every weight, of all classes.
+        self.balance = Balance(student.num_classes, options, with_quality=False)
+
+    def forward(self, batch: SemiBatch, step: int) -> StepOutput:
+        self.balance.fade(step)
+        return super().forward(batch, step)
 
     def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
         self.count_labels(batch.labeled)
-        weigh = mean_over_foreground if self.options.ler else None
-        return self.student.loss(self.student_output(batch.labeled), batch.labeled.targets, weigh)
+        alpha = self.balance.weights() if batch.strong is not None else None  # as in RPL: once pseudo boxes teach
+        own = mean_over_foreground if self.options.ler else None
+        output = self.student_output(batch.labeled)
+        return self.balance.loss(self.student, output, batch.labeled.targets, alpha, own)
 
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
+        tau, alpha = self.balance.thresholds(self.options.tau), self.balance.weights()
         seen = self.teacher_output(batch.weak)
-        found = self.decode(seen, self.options.tau)
-        targets = [self.as_targets(d) for d in self.to_strong(batch, found)]
+        found = self.decode(seen, self.balance.lowest(self.options.tau))
+        pseudo = [above(d, tau) for d in found]
+        targets = [self.as_targets(d) for d in self.to_strong(batch, pseudo)]
         output = self.student_output(batch.strong)
-        reliability = judge(self.teacher, WeakView.of(batch, seen), output, found, self.student)
+        reliability = judge(self.teacher, WeakView.of(batch, seen), output, pseudo, self.student)
         weighed: dict[str, Tensor | float] = {}
-        losses = self.student.loss(output, targets, self.weigher(reliability, weighed))
-        out = self.step_output(losses, step, found, targets, self.options.tau)
+        own = self.weigher(reliability, weighed)
+        losses = self.balance.loss(self.student, output, targets, alpha, own)
+        out = self.step_output(losses, step, found, targets, tau)
         out.stats.update(weighed)
+        if self.balance.active:
+            out.stats |= self.balance.stats(tau, alpha)
         return out
 
     def as_targets(self, pseudo: Instances) -> Instances:
@@ -78,6 +94,9 @@ class PRC(TeacherStudent):
             return Weights(cls, box, learn_quality=False)
 
         return weigh
+
+    def by_class(self) -> dict[str, Tensor]:
+        return self.balance.by_class(self.options.tau) if self.balance.active else {}
 
 
 def mean_over_foreground(candidates: Candidates) -> Weights:

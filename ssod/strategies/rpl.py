@@ -7,33 +7,29 @@ from labelled images and from the pseudo boxes of the teacher, which stays as it
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssod import dist
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
 from ssod.nn.ema import Ema, frozen_copy
-from ssod.ops.certainty import class_sums, class_thresholds, class_weights, relative_certainty
 from ssod.ops.pseudo import above
+from ssod.strategies.balance import Balance, BalanceOptions
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.ensemble import Together, fuse
-from ssod.strategies.foreground import JUDGED, foreground_certainty
-from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
-from ssod.structures import Candidates, Instances, SemiBatch, View, Weigh, Weights
+from ssod.strategies.teacher_student import TeacherStudent
+from ssod.structures import Instances, SemiBatch, View
 
-MEMORY = 0.999  # highest decay of Eq. 6's sums a step: about the last 1000 steps
 LOWEST = 0.05  # score below which no box of the teacher is looked at; thresholds are far above
-REWEIGHTED = (*JUDGED, "aux")  # an RPN's candidates and an encoder's proposals have no class to weigh them by
 
 
 class RPL(TeacherStudent):
-    class Options(TeacherStudentOptions):
+    class Options(BalanceOptions):
         tau: float = Field(
             0.7, ge=LOWEST, le=1, description="threshold of pseudo boxes that each class's own derives from"
         )
@@ -48,12 +44,10 @@ class RPL(TeacherStudent):
         )
         gamma1: float = Field(0.05, ge=0, description="how far thresholds follow the classes' certainty; 0 = off")
         gamma2: float = Field(0.6, ge=0, description="how far weights favour rare, uncertain classes; 0 = off")
-        max_weight: float = Field(10.0, ge=1, description="bound of a class's weight, which a class never seen gets")
         ensemble: Literal[1, 2] = Field(1, description="networks that are trained side by side and teach together")
 
     options: Options
     two_stages = True
-    sums: Tensor
 
     def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
         super().__init__(student, options, plan)
@@ -64,7 +58,7 @@ class RPL(TeacherStudent):
                 f"strategy.threshold_on={options.threshold_on} needs the boxes' quality; "
                 "set strategy.certainty=true, or strategy.threshold_on=p."
             )
-        self.register_buffer("sums", torch.zeros(2, student.num_classes))  # of Eq. 6, decayed, over all ranks
+        self.balance = Balance(student.num_classes, options, with_quality=options.certainty)
         self.student2 = self.teacher2 = None
         if options.ensemble == 2:
             self.student2 = _twin(student)
@@ -76,30 +70,24 @@ class RPL(TeacherStudent):
         return [(self.student, self.teacher), *second]
 
     def forward(self, batch: SemiBatch, step: int) -> StepOutput:
-        # About the latter half of the steps so far: what an untrained student was certain of must not linger.
-        self.sums *= min(MEMORY, step / (step + 2))
+        self.balance.fade(step)
         return super().forward(batch, step)
 
     def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Re-weighting acts in stage two, on labelled and unlabelled images alike (Eq. 2 has both terms)."""
         self.count_labels(batch.labeled)
         stage_two = batch.strong is not None
-        return self.learn(batch.labeled, batch.labeled.targets, self.weights() if stage_two else None)
+        return self.learn(batch.labeled, batch.labeled.targets, self.balance.weights() if stage_two else None)
 
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         detections = self.detect(batch.weak, LOWEST)
-        tau, alpha = self.thresholds(), self.weights()
+        tau, alpha = self.balance.thresholds(self.options.tau), self.balance.weights()
         targets = [above(m, tau) for m in self.to_strong(batch, detections)]
         losses = self.learn(batch.strong, targets, alpha)
         out = self.step_output(losses, step, detections, targets, tau)
-        out.stats |= {
-            "pseudo/tau_min": tau.min(),
-            "pseudo/tau_max": tau.max(),
-            "pseudo/alpha_min": alpha.min(),
-            "pseudo/alpha_max": alpha.max(),
-        }
+        out.stats |= self.balance.stats(tau, alpha)
         return out
 
     @torch.no_grad()
@@ -112,40 +100,14 @@ class RPL(TeacherStudent):
             found.append([self._confident(d) for d in detections])
         return found[0] if len(found) == 1 else fuse(found, conf, self.options.nms, self.options.max_boxes)
 
-    def thresholds(self) -> Tensor:
-        """tau_m [K], Eq. 6."""
-        return class_thresholds(self.sums, self.options.tau, self.options.gamma1)
-
-    def weights(self) -> Tensor:
-        """alpha_m [K], Eq. 6."""
-        return class_weights(self.sums, self.options.gamma2, self.options.max_weight)
-
     def learn(self, view: View, targets: list[Instances], alpha: Tensor | None) -> dict[str, Tensor]:
-        """Losses of each student on a view, the second one's as "2/NAME". alpha [K] multiplies those of foreground
-        candidates, for class and box alike; what the students make of these enters the running sums."""
+        """Losses of each student on a view, the second one's as "2/NAME", foreground weighted by alpha [K]."""
         losses: dict[str, Tensor] = {}
         for i, (student, _) in enumerate(self.pairs()):
             output = student.head(student.features(view.images, view.sizes))
-            seen = torch.zeros_like(self.sums)
-            part = student.loss(output, targets, self._weigh(student, output, alpha, seen))
-            self.sums += dist.all_reduce_sum(seen)
+            part = self.balance.loss(student, output, targets, alpha)
             losses |= {f"{i + 1}/{name}" if i else name: value for name, value in part.items()}
         return losses
-
-    def _weigh(self, student: Detector, output: Any, alpha: Tensor | None, seen: Tensor) -> Weigh:
-        """Multiplies foreground by alpha [K], and adds p, v of the candidates to `seen` [2, K]."""
-        dynamic = self.options.gamma1 > 0 or self.options.gamma2 > 0
-
-        def weigh(candidates: Candidates) -> Weights:
-            if dynamic and candidates.stage in JUDGED:
-                labels, certainty = foreground_certainty(student, output, candidates, self.options.certainty)
-                seen.add_(class_sums(labels, certainty, student.num_classes))
-            if alpha is None or candidates.stage not in REWEIGHTED:
-                return Weights()
-            each = alpha[candidates.labels.clamp(0, len(alpha) - 1)].where(candidates.matched >= 0, 1.0)  # [M]
-            return Weights(each, each)
-
-        return weigh
 
     def _confident(self, detections: Instances) -> Instances:
         """The same detections, their score what is held against the threshold."""
@@ -187,7 +149,7 @@ class RPL(TeacherStudent):
         return {"students": Together(students)} if len(students) > 1 else {}
 
     def by_class(self) -> dict[str, Tensor]:
-        return {"certainty": relative_certainty(self.sums), "tau": self.thresholds(), "alpha": self.weights()}
+        return self.balance.by_class(self.options.tau)
 
 
 def _twin(student: Detector) -> Detector:

@@ -137,7 +137,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(small: Tiny, name: str,
     a, b = (load_checkpoint(t.folder / "weights" / "last.pt")["train"] for t in (whole, resumed))
     for key in ("strategy", "optimizer", "scaler", "rng", "step", "best", "history"):
         assert same(a[key], b[key]), key
-    assert a["strategy"]["sums"][1].sum() > 0
+    assert a["strategy"]["balance.sums"][1].sum() > 0
     curves = [[{k: v for k, v in r.items() if k != "seconds"} for r in rows(t)] for t in (whole, resumed)]
     assert curves[0] == curves[1]
 
@@ -231,8 +231,8 @@ for rank, s in enumerate(alone):
 dist.init(torch.device("cpu"))
 together = strategy()
 together(batch(dist.rank() + 1), 0)
-torch.testing.assert_close(together.sums, alone[0].sums + alone[1].sums)
-assert (together.sums[1] > 0).tolist() == [True, True, False]
+torch.testing.assert_close(together.balance.sums, alone[0].balance.sums + alone[1].balance.sums)
+assert (together.balance.sums[1] > 0).tolist() == [True, True, False]
 dist.close()
 """
 

@@ -11,9 +11,10 @@ from ssod.detectors import build_detector
 from ssod.errors import UserError
 from ssod.ops.certainty import class_thresholds, class_weights
 from ssod.strategies import build_strategy
+from ssod.strategies.balance import MEMORY
 from ssod.strategies.base import Plan
 from ssod.strategies.foreground import foreground_certainty
-from ssod.strategies.rpl import MEMORY, RPL
+from ssod.strategies.rpl import RPL
 from ssod.structures import Candidates, Instances, SemiBatch, View, Weights
 
 SIZE, K = 64, 3
@@ -87,9 +88,9 @@ def test_a_step_learns_from_both_kinds_and_the_teacher_gets_no_gradient(name: st
     torch.stack(list(out.losses.values())).sum().backward()
     assert all(p.grad is None for p in s.teacher.parameters())
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in s.student.parameters() if p.requires_grad)
-    assert s.sums[1].sum() > 0
-    assert bool((s.sums[0] <= s.sums[1]).all())
-    assert not s.sums.requires_grad
+    assert s.balance.sums[1].sum() > 0
+    assert bool((s.balance.sums[0] <= s.balance.sums[1]).all())
+    assert not s.balance.sums.requires_grad
     assert not s.teacher.training
 
 
@@ -101,9 +102,9 @@ def test_no_box_at_all_gives_a_finite_loss_and_leaves_the_sums(name: str) -> Non
     total = torch.stack(list(out.losses.values())).sum()
     total.backward()
     assert all(torch.isfinite(p.grad).all() for p in s.student.parameters() if p.grad is not None)
-    assert s.sums.tolist() == [[0] * K, [0] * K]
-    assert s.weights().tolist() == [1] * K
-    assert s.thresholds().tolist() == pytest.approx([0.9] * K)
+    assert s.balance.sums.tolist() == [[0] * K, [0] * K]
+    assert s.balance.weights().tolist() == [1] * K
+    assert s.balance.thresholds(s.options.tau).tolist() == pytest.approx([0.9] * K)
 
 
 # ---- certainty and thresholds
@@ -139,8 +140,8 @@ def test_each_class_has_its_own_threshold_for_pseudo_boxes(monkeypatch: pytest.M
     s = strategy(tau=0.7, gamma1=0.5, gamma2=0.0)
     # counts 1, 1, 4: n = 2; c = 0.5, 2, 3.6: ratios 0.25, 1, 1.8, their roots 0.5, 1, 1.342; times 0.7:
     # 0.35 -> 0.4, 0.7, 0.939 -> 0.9
-    s.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))
-    assert s.thresholds().tolist() == pytest.approx([0.4, 0.7, 0.9])
+    s.balance.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))
+    assert s.balance.thresholds(s.options.tau).tolist() == pytest.approx([0.4, 0.7, 0.9])
     detections = found((0, 0.45, 0.5), (0, 0.39, 0.5), (1, 0.75, 0.5), (1, 0.69, 0.5), (2, 0.91, 0.5), (2, 0.89, 0.5))
     seen: list[list[Instances]] = []
     monkeypatch.setattr(s, "detect", lambda view, conf: [detections, detections[:0]])
@@ -218,20 +219,20 @@ def test_a_querys_certainty_is_its_probability() -> None:
 def test_the_sums_decay_and_gather_in_both_stages() -> None:
     s = strategy()
     s(batch(unlabeled=False), step=0)
-    first = s.sums.clone()
+    first = s.balance.sums.clone()
     assert (first[1] > 0).tolist() == [True, True, False]
     with torch.no_grad():  # the same batch by the same student
         s(batch(unlabeled=False), step=1)
-        torch.testing.assert_close(s.sums, first * (1 + 1 / 3))  # decay 1 / (1 + 2)
+        torch.testing.assert_close(s.balance.sums, first * (1 + 1 / 3))  # decay 1 / (1 + 2)
         s(batch(unlabeled=False), step=10_000)
-    torch.testing.assert_close(s.sums, first * (1 + MEMORY * (1 + 1 / 3)))
-    assert "sums" in s.state_dict()
+    torch.testing.assert_close(s.balance.sums, first * (1 + MEMORY * (1 + 1 / 3)))
+    assert "balance.sums" in s.state_dict()
 
 
 def test_both_gammas_0_leave_the_sums_alone() -> None:
     s = strategy(gamma1=0.0, gamma2=0.0)
     s(batch(), step=2)
-    assert s.sums.abs().sum() == 0
+    assert s.balance.sums.abs().sum() == 0
 
 
 # ---- re-weighting
@@ -260,7 +261,7 @@ def test_weights_multiply_both_losses_of_foreground_only(name: str) -> None:
 
 def test_weights_act_in_stage_two_on_labelled_and_unlabelled_images(monkeypatch: pytest.MonkeyPatch) -> None:
     s = strategy(gamma2=0.5)
-    s.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))  # ratios 0.25, 1, 1.8
+    s.balance.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))  # ratios 0.25, 1, 1.8
     given: list[torch.Tensor | None] = []
     monkeypatch.setattr(s, "learn", lambda view, targets, alpha: given.append(alpha) or {"cls": torch.zeros(())})
     s(batch(unlabeled=False), step=1)
@@ -275,10 +276,10 @@ def test_weights_act_in_stage_two_on_labelled_and_unlabelled_images(monkeypatch:
 
 def test_curves_by_class_are_those_in_use() -> None:
     s = strategy()
-    s.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))
+    s.balance.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))
     curves = s.by_class()
-    assert torch.equal(curves["tau"], class_thresholds(s.sums, 0.7, 0.05))
-    assert torch.equal(curves["alpha"], class_weights(s.sums, 0.6, 10.0))
+    assert torch.equal(curves["tau"], class_thresholds(s.balance.sums, 0.7, 0.05))
+    assert torch.equal(curves["alpha"], class_weights(s.balance.sums, 0.6, 10.0))
     torch.testing.assert_close(curves["certainty"], torch.tensor([0.25, 1.0, 1.8]))
 
 
