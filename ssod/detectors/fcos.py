@@ -40,6 +40,9 @@ class FCOSOptions(BoxOptions):
         None, ge=1, description="groups of the group norm in the head; default: 8 channels a group, at most 32 groups"
     )
     center_radius: float = Field(1.5, gt=0, description="points within radius * stride of a box centre learn the box")
+    center_weighted_box: bool = Field(
+        False, description="box loss weighted by the centerness of each point and divided by the sum of these weights"
+    )
     focal_alpha: float = Field(0.25, ge=0, le=1, description="weight of positives in the focal loss")
     focal_gamma: float = Field(2.0, ge=0, description="how strongly the focal loss turns from easy candidates")
     pre_nms: int = Field(1000, ge=1, description="best candidates of each level that enter the NMS")
@@ -99,6 +102,8 @@ class FCOS(PyramidDetector):
     def loss(self, output: DenseOutput, targets: list[Instances], weigh: Weigh | None = None) -> dict[str, Tensor]:
         """Focal, box and centerness loss, each a weighted sum divided by the number of foreground points.
 
+        With the option `center_weighted_box`, the box loss of a point counts as much as the point is in the middle of
+        its target, divided by the sum of these centernesses (Tian et al., 2022, and Co-mining's code).
         The weights change the numerators only: halving all weights halves the loss.
         """
         check_targets(targets, len(output.logits))
@@ -117,8 +122,9 @@ class FCOS(PyramidDetector):
             codes = output.codes.flatten(0, 1)[fg].float()
             box_weight = None if weights.box is None else weights.box[fg]
             assert output.quality is not None
+            middle = centerness(distances(boxes, centers(anchors)))  # [F]
             centered = F.binary_cross_entropy_with_logits(
-                output.quality.flatten()[fg].float(), centerness(distances(boxes, centers(anchors))), reduction="none"
+                output.quality.flatten()[fg].float(), middle, reduction="none"
             )
             focal = focal_loss(
                 output.logits.flatten(0, 1),
@@ -127,10 +133,14 @@ class FCOS(PyramidDetector):
                 self.options.focal_alpha,
                 self.options.focal_gamma,
             )
-            box = self.codec.loss(codes, anchors, boxes, box_weight, weights.learn_quality)
+            share, divisor = box_weight, count
+            if self.options.center_weighted_box:
+                share = middle if box_weight is None else middle * box_weight
+                divisor = middle.sum().clamp(min=torch.finfo(middle.dtype).eps)
+            box = self.codec.loss(codes, anchors, boxes, share, weights.learn_quality)
             return {
                 "cls": focal / count,
-                "box": box * self.options.box_loss_weight / count,
+                "box": box * self.options.box_loss_weight / divisor,
                 "centerness": weighted_sum(centered, box_weight) / count,
             }
 
