@@ -48,6 +48,12 @@ def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, inter / union, torch.zeros_like(union))
 
 
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Overlap of each pair, 0 .. 1, 0 where both are empty: [M, 4] and [M, 4] -> [M]."""
+    inter, union = _inter_union(a, b)
+    return inter / (union + EPS)
+
+
 def giou_loss(a: Tensor, b: Tensor) -> Tensor:
     """`1 - GIoU` of each pair, 0 .. 2: [M, 4] and [M, 4] -> [M].
 

@@ -19,6 +19,7 @@ STRATEGIES = {
     "soft_teacher": "ssod.strategies.soft_teacher:SoftTeacher",
     "rpl": "ssod.strategies.rpl:RPL",
     "prc": "ssod.strategies.prc:PRC",
+    "sed": "ssod.strategies.sed:SED",
     "lsm": "ssod.strategies.lsm:LSM",
 }
 
