@@ -91,6 +91,17 @@ class View:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def part(self, rows: slice) -> View:
+        """Some of the images, in the same memory."""
+        return View(
+            self.images[rows],
+            self.sizes[rows],
+            self.matrices[rows],
+            self.targets[rows],
+            self.indices[rows],
+            None if self.complete is None else self.complete[rows],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
         return View(
             self.images.to(device, non_blocking=non_blocking),

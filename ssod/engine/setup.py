@@ -74,6 +74,11 @@ def build_data(config: TrainConfig) -> TrainData:
             f"WARNING: strategy={config.strategy.name} learns as background what is not annotated in the {partly} "
             "partly labelled images; strategy=comining looks for it."
         )
+    if strategy_class(config.strategy.name).mines and not partly and not unlabeled:
+        notes.append(
+            f"WARNING: strategy={config.strategy.name} looks for objects in partly labelled and in unlabelled images, "
+            "and there are none; images of which only some objects are annotated stand under 'partial' in the data YAML."
+        )
     return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
 
 
@@ -95,7 +100,7 @@ def _unlabeled(config: TrainConfig, rest: SampleTable, notes: list[str]) -> Samp
         if tars and not out:
             first = f" The first problem: {inspector.problems[0]}." if inspector.problems else ""
             raise UserError(f"unlabeled={config.unlabeled}: no usable image in {len(tars)} tars.{first}")
-    if not out:
+    if not out and strategy_class(config.strategy.name).needs_unlabeled:
         raise UserError(
             f"strategy={config.strategy.name} finds no unlabelled image (labeled={config.labeled}, "
             f"unlabeled={config.unlabeled}). Label fewer, such as labeled=10%, give unlabeled=FOLDER, "

@@ -56,6 +56,7 @@ class Strategy(nn.Module):
     Options: type[StrategyOptions] = StrategyOptions
     needs: tuple[type[Any], ...] = ()
     uses_unlabeled = True
+    needs_unlabeled = True  # a run without any unlabelled image is refused, where they are used at all
     mines = False  # whether objects without annotation are looked for in partly labelled images
     two_stages = False  # burn-in is stage one: a training of its own, which `teacher_weights` may replace
     teacher: Detector | None
