@@ -23,6 +23,7 @@ from torch import Tensor
 from ssod.detectors.base import Detector, full_precision
 from ssod.errors import UserError
 from ssod.nn.held import parameters_held, statistics_held
+from ssod.ops.distill import foreground_weight
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import above
 from ssod.strategies.aux_head import copied_classifier, with_classifier
@@ -80,7 +81,9 @@ class LSM(TeacherStudent):
         out.losses |= {f"pim/{k}": ramp * options.pim_weight * v for k, v in mined.items()}
         out.stats["pseudo/pim_per_image"] = sum(map(len, mapped)) / len(mapped)
         if options.distill:
-            pairs = pair(self.student, output, self.twin(), half, None)
+            pairs = pair(
+                self.student, output, self.twin(), half, None, lambda t: unsure(t, True, options.alpha, options.tau)
+            )
             loss, chosen = self_distillation(pairs, options.alpha, options.tau)
             out.losses["distill"] = ramp * options.distill_weight * loss
             out.stats["distill/per_image"] = chosen / len(mapped)
@@ -121,14 +124,17 @@ def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Ten
     """
     judged = next(p for p in pairs if p.stage in JUDGED)
     with full_precision(judged.logits):
-        target = judged.target.detach().float()  # [M, K], [M, K + 1] where exclusive
-        probability = target.softmax(dim=1)[:, :-1] if judged.exclusive else target.sigmoid()
-        score = probability.amax(dim=1)
-        chosen = ((score >= low) & (score <= high)).nonzero().squeeze(1)  # [C]
-        main, aux = judged.logits[chosen].float(), target[chosen]
+        chosen = unsure(judged.target, judged.exclusive, low, high).nonzero().squeeze(1)  # [C]
+        main, aux = judged.logits[chosen].float(), judged.target[chosen].detach().float()
         outcomes = _exclusive if judged.exclusive else _independent
         total = F.kl_div(outcomes(main), outcomes(aux), reduction="sum", log_target=True)
         return total / max(1, len(chosen)), len(chosen)
+
+
+def unsure(logits: Tensor, exclusive: bool, low: float, high: float) -> Tensor:
+    """Which candidates score within [low, high]: logits [M, K], or [M, K + 1] where exclusive -> bool [M]."""
+    score = foreground_weight(logits, exclusive)
+    return (score >= low) & (score <= high)
 
 
 def _exclusive(logits: Tensor) -> Tensor:

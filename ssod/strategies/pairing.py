@@ -25,6 +25,7 @@ from ssod.ops.set_matching import pair_costs, to_centers, to_corners
 from ssod.ops.views import between, map_boxes, map_instances
 from ssod.structures import DenseOutput, Instances, SlotOutput
 
+Worth = Callable[[Tensor], Tensor]
 REGIONS = 512  # of an image, the judge's best: as many as a region head sees in its own loss
 
 
@@ -53,20 +54,27 @@ class Paired:
     target_quality: Tensor | None = None
 
 
-def pair(learner: Detector, output: Any, judge: Detector, seen: Any, matrices: Tensor | None) -> list[Paired]:
+def pair(
+    learner: Detector, output: Any, judge: Detector, seen: Any, matrices: Tensor | None, worth: Worth | None = None
+) -> list[Paired]:
     """The candidates of each stage of a detector: "dense"; "rpn" and "roi"; or "query" and, with two stages, "encoder".
 
     output    raw output of the learner
     seen      raw output of the judge, a detector of the same kind, on the same images in another view
     matrices  float64 [B, 3, 3], pixels of the learner's view -> pixels of the judge's; None: one geometry, though one
               of them may have seen images of half the size
+    worth     the judge's logits of regions [M, K + 1] -> bool [M], those that the learner reads and that are paired;
+              None: all. The learner's head is the expensive one, as it has a gradient
     Where the views differ, only what both show is paired, and the judge's boxes are clipped to the learner's view.
     """
     if isinstance(learner, HasRegions):
         assert isinstance(learner, HasDense)
         assert isinstance(judge, HasDense)
         assert isinstance(judge, HasRegions)
-        return [_dense("rpn", learner, output, judge, seen, matrices), _roi(learner, output, judge, seen, matrices)]
+        return [
+            _dense("rpn", learner, output, judge, seen, matrices),
+            _roi(learner, output, judge, seen, matrices, worth),
+        ]
     if isinstance(learner, HasSlots):
         assert isinstance(judge, HasSlots)
         found = [_queries(learner, output, judge, seen, matrices)]
@@ -135,28 +143,36 @@ def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
     return flat if rows is None else flat.index_select(0, rows)  # whose gradient is cheaper than that of [rows]
 
 
-def _roi(learner: HasRegions, output: Any, judge: HasRegions, seen: Any, matrices: Tensor | None) -> Paired:
+def _roi(
+    learner: HasRegions, output: Any, judge: HasRegions, seen: Any, matrices: Tensor | None, worth: Worth | None
+) -> Paired:
     """The judge's proposals, read by both heads; boxes are those of the judge's best class."""
     sizes = output.pyramid.sizes
     with torch.no_grad():
         there = [regions[:REGIONS] for regions in judge.proposals(seen)]  # B tensors [R, 4]
         here = there
         if matrices is not None:
-            here, kept = [], []
+            here, shown = [], []
             for regions, matrix, size in zip(there, between(matrices, torch.eye(3).to(matrices)), sizes, strict=True):
                 unnamed = Instances(regions, torch.zeros(len(regions), dtype=torch.int64, device=regions.device))
                 moved, index = map_instances(unnamed, matrix, size)
                 here.append(moved.boxes)
-                kept.append(index)
-            there = [regions[index] for regions, index in zip(there, kept, strict=True)]
+                shown.append(index)
+            there = [regions[index] for regions, index in zip(there, shown, strict=True)]
         counts = [len(regions) for regions in there]
         judged = judge.read(seen, there)
         image = torch.arange(len(counts), device=judged.labels.device).repeat_interleave(
             torch.tensor(counts, device=judged.labels.device)
         )
         target = _to_learner(judged.boxes, image, sizes, matrices)
-    said = learner.read(output, here, list(judged.labels.split(counts)))
-    return Paired("roi", image, said.logits, judged.logits, True, lambda rows: (said.boxes[rows], target[rows]))
+        logits, labels = judged.logits, judged.labels
+        if worth is not None:
+            kept = worth(logits)  # [M]
+            here = [regions[own] for regions, own in zip(here, kept.split(counts), strict=True)]
+            counts = [len(regions) for regions in here]
+            image, target, logits, labels = image[kept], target[kept], logits[kept], labels[kept]
+    said = learner.read(output, here, list(labels.split(counts)))
+    return Paired("roi", image, said.logits, logits, True, lambda rows: (said.boxes[rows], target[rows]))
 
 
 def _queries(learner: HasSlots, output: Any, judge: HasSlots, seen: Any, matrices: Tensor | None) -> Paired:

@@ -28,8 +28,8 @@ from ssod.engine.trainer import SemiTrainer
 from ssod.errors import UserError
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import above
-from ssod.strategies.lsm import LSM, as_targets, self_distillation
-from ssod.strategies.pairing import Paired
+from ssod.strategies.lsm import LSM, as_targets, self_distillation, unsure
+from ssod.strategies.pairing import Paired, pair
 from ssod.structures import Instances, SemiBatch, View
 
 # alpha and tau between which untrained teachers have boxes, and untrained auxiliary classifiers scores
@@ -79,52 +79,66 @@ def test_sigmoids_sum_a_binary_kl_of_each_class_and_candidates_are_averaged() ->
     # second candidate is in the range and predicted alike: 0; 0.49 and 0.71 are outside. Mean of two: 0.028413
     aux = [[0.6, 0.1], [0.5001, 0.3], [0.49, 0.1], [0.71, 0.6]]
     main = [[0.5, 0.2], [0.5001, 0.3], [0.1, 0.9], [0.1, 0.9]]
-    pair = paired(aux, main, exclusive=False)
-    loss, count = self_distillation([pair], 0.5, 0.7)
+    found = paired(aux, main, exclusive=False)
+    loss, count = self_distillation([found], 0.5, 0.7)
     assert count == 2
     assert loss.item() == pytest.approx(0.028413, abs=1e-6)
     loss.backward()
     # d/dx of a binary KL is sigmoid(x) - p: (0.5 - 0.6, 0.2 - 0.1), of two candidates half
-    assert pair.logits.grad is not None
-    assert pair.logits.grad[0].tolist() == pytest.approx([-0.05, 0.05], abs=1e-6)
-    assert pair.logits.grad[1:].abs().max() < 1e-6
+    assert found.logits.grad is not None
+    assert found.logits.grad[0].tolist() == pytest.approx([-0.05, 0.05], abs=1e-6)
+    assert found.logits.grad[1:].abs().max() < 1e-6
 
 
 def test_regions_have_one_kl_over_classes_and_background() -> None:
     # 0.6 ln(0.6/0.5) + 0.1 ln(0.1/0.25) + 0.3 ln(0.3/0.25) = 0.109393 - 0.091629 + 0.054696 = 0.072460;
     # the second is background with 0.6 and an object with 0.3 only: not between 0.5 and 0.7
-    pair = paired([[0.6, 0.1, 0.3], [0.3, 0.1, 0.6]], [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], True, "roi")
+    found = paired([[0.6, 0.1, 0.3], [0.3, 0.1, 0.6]], [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], True, "roi")
     rpn = paired([[0.6]], [[0.1]], exclusive=False, stage="rpn")
-    loss, count = self_distillation([rpn, pair], 0.5, 0.7)
+    loss, count = self_distillation([rpn, found], 0.5, 0.7)
     assert count == 1
     assert loss.item() == pytest.approx(0.072460, abs=1e-6)
     loss.backward()
     assert rpn.logits.grad is None  # it knows no classes, and both share it
-    assert pair.logits.grad is not None
-    assert pair.logits.grad[0].tolist() == pytest.approx([0.5 - 0.6, 0.25 - 0.1, 0.25 - 0.3], abs=1e-6)
+    assert found.logits.grad is not None
+    assert found.logits.grad[0].tolist() == pytest.approx([0.5 - 0.6, 0.25 - 0.1, 0.25 - 0.3], abs=1e-6)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_no_candidate_in_the_range_is_zero_in_the_graph(exclusive: bool) -> None:
     aux = [[0.1, 0.1, 0.8]] * 3
-    pair = paired(aux, [[0.4, 0.3, 0.3]] * 3, exclusive, "roi" if exclusive else "dense")
-    loss, count = self_distillation([pair], 0.5, 0.7)
+    found = paired(aux, [[0.4, 0.3, 0.3]] * 3, exclusive, "roi" if exclusive else "dense")
+    loss, count = self_distillation([found], 0.5, 0.7)
     assert (loss.item(), count) == (0, 0)
     loss.backward()
-    assert pair.logits.grad is not None
-    assert not pair.logits.grad.any()
+    assert found.logits.grad is not None
+    assert not found.logits.grad.any()
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_certain_logits_stay_finite(exclusive: bool) -> None:
     far = torch.tensor([[90.0, -90, -90], [-90, 90, 90]])
     logits = (-far).requires_grad_()
-    pair = candidates("roi" if exclusive else "dense", logits, far, exclusive)
-    loss, count = self_distillation([pair], 0.0, 1.0)
+    found = candidates("roi" if exclusive else "dense", logits, far, exclusive)
+    loss, count = self_distillation([found], 0.0, 1.0)
     assert count == 2
     assert torch.isfinite(loss)
     loss.backward()
     assert torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+
+
+def test_regions_outside_the_range_need_not_be_read() -> None:
+    s, (alpha, tau) = lsm("faster_rcnn"), RANGE["faster_rcnn"]
+    half, full = s.half_output(view(1)), s.student_output(view(1))
+    every = pair(s.student, full, s.twin(), half, None)
+    few = pair(s.student, full, s.twin(), half, None, lambda t: unsure(t, True, alpha, tau))
+    assert 0 < len(few[1].logits) < len(every[1].logits)
+    (loss, count), (wanted, all_of_them) = (self_distillation(p, alpha, tau) for p in (few, every))
+    assert count == all_of_them == len(few[1].logits)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    rows = torch.arange(count)
+    assert few[1].image.shape == (count,)
+    assert all(len(boxes) == count for boxes in few[1].boxes(rows))
 
 
 # ---- L = L_s + w_u L_main(tau) + w_p L_PIM(alpha) + w_d L_SD
