@@ -76,8 +76,8 @@ def build_data(config: TrainConfig) -> TrainData:
         )
     if strategy_class(config.strategy.name).mines and not partly and not unlabeled:
         notes.append(
-            f"WARNING: strategy={config.strategy.name} looks for objects in partly labelled and in unlabelled images, "
-            "and there are none; images of which only some objects are annotated stand under 'partial' in the data YAML."
+            f"WARNING: strategy={config.strategy.name} finds no partly labelled and no unlabelled image to look for "
+            "objects in; images of which only some objects are annotated belong under 'partial' in the data YAML."
         )
     return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
 

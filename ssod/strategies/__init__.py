@@ -21,6 +21,7 @@ STRATEGIES = {
     "prc": "ssod.strategies.prc:PRC",
     "sed": "ssod.strategies.sed:SED",
     "lsm": "ssod.strategies.lsm:LSM",
+    "comining": "ssod.strategies.comining:CoMining",
 }
 
 

@@ -1,0 +1,173 @@
+"""Co-mining (Wang et al., "Co-mining: Self-Supervised Learning for Sparsely Annotated Object Detection", AAAI 2021).
+
+One network looks at two views of every image, the original o and the augmented a. What each view shows with confidence
+and nobody has annotated becomes a target of the other view: `C_o = Y + P_a`, `C_a = Y + P_o` (Eq. 1), and
+`L = L(P_o, C_o) + L(P_a, C_a)` (Eq. 2). No teacher, no moving average.
+
+Only partly labelled images are mined; unlabelled ones, where a run has them, are partly labelled with nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssod.detectors.base import Detector, HasRegions, HasSlots
+from ssod.errors import UserError
+from ssod.ops.boxes import iou_matrix, nms
+from ssod.ops.views import between, map_instances
+from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
+from ssod.structures import DenseOutput, Instances, SemiBatch, View
+
+Two = tuple[View, View]
+
+
+class CoMining(Strategy):
+    class Options(StrategyOptions):
+        tau: float = Field(0.6, ge=0, le=1, description="class score above which a box is mined")
+        theta1: float = Field(0.5, gt=0, le=1, description="class-wise NMS threshold of the mined boxes")
+        theta2: float = Field(
+            0.4, ge=0, le=1, description="a box that overlaps an annotated one of its class by more is no new object"
+        )
+        mine: bool = Field(True, description="false: both views learn from the annotations alone (baseline `joint`)")
+        max_boxes: int = Field(100, ge=1, description="most boxes of one image after the NMS")
+        weight: float = Field(1.0, ge=0, description="w_u, weight of the unlabelled images' loss")
+
+    options: Options
+    needs_unlabeled = False
+    mines = True
+
+    def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
+        super().__init__(student, options, plan, with_teacher=False)
+
+    def forward(self, batch: SemiBatch, step: int) -> StepOutput:
+        """Losses of the labelled images under sup/, of the unlabelled ones under unsup/: sums over both views.
+
+        Raises UserError unless the labelled images come in two views.
+        """
+        views = two_views(batch.labeled)
+        output = self.student_output(batch.labeled)
+        outputs = output.part(slice(len(views[0]))), output.part(slice(len(views[0]), None))
+        losses, mined = self.learn(outputs, views, partly_labeled(views[0]))
+        out = StepOutput({f"sup/{k}": v for k, v in losses.items()}, statistics(mined, "mined"))
+        if batch.weak is not None and batch.strong is not None:
+            views = batch.weak, batch.strong
+            outputs = self.student_output(batch.weak), self.student_output(batch.strong)
+            losses, mined = self.learn(outputs, views, [True] * len(batch.weak))
+            out.losses.update({f"unsup/{k}": self.options.weight * v for k, v in losses.items()})
+            out.stats.update(statistics(mined, "mined/unlabeled"))
+        return out
+
+    def student_output(self, view: View) -> Any:
+        return self.student.head(self.student.features(view.images, view.sizes))
+
+    def learn(
+        self, outputs: tuple[Any, Any], views: Two, wanted: list[bool]
+    ) -> tuple[dict[str, Tensor], list[Instances]]:
+        """L_o + L_a by name, each divided by what it counts itself, and what was mined.
+
+        outputs  raw outputs of the two views of B images
+        wanted   B flags: whether an image may be mined
+        The second result has an entry for each mined image and view: the boxes that this view learns from.
+        """
+        wanted = [w and self.options.mine for w in wanted]
+        found = self.mine(outputs[0], views[0], wanted), self.mine(outputs[1], views[1], wanted)
+        mined = moved(found[1], views[1], views[0]), moved(found[0], views[0], views[1])
+        losses: dict[str, Tensor] = {}
+        for output, view, new in zip(outputs, views, mined, strict=True):
+            targets = [joined(y, p) for y, p in zip(view.targets, new, strict=True)]
+            for name, value in self.student.loss(output, targets).items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses, [p for new in mined for p, w in zip(new, wanted, strict=True) if w]
+
+    @torch.no_grad()
+    def mine(self, output: Any, view: View, wanted: list[bool]) -> list[Instances]:
+        """Confident boxes of each image that nobody has annotated, in pixels of the view; none in unwanted images."""
+        if not any(wanted):
+            return [Instances(t.boxes[:0], t.labels[:0], t.boxes[:0, 0]) for t in view.targets]
+        o = self.options
+        found = confident(self.student, output, o.tau, o.theta1, o.max_boxes)
+        rows = zip(found, view.targets, wanted, strict=True)
+        return [unannotated(f, y, o.theta2) if w else f[:0] for f, y, w in rows]
+
+
+def two_views(view: View) -> Two:
+    """The two halves of a labelled batch: views of the same images in the same order.
+
+    Raises UserError where they are not.
+    """
+    half = len(view) // 2
+    if not half or view.indices[:half] != view.indices[half:]:
+        raise UserError(
+            "strategy=comining learns from two views of each labelled image and augment.labeled gives one; set "
+            "augment=comining, or augment.labeled to a list of two views such as [weak, comining]."
+        )
+    return view.part(slice(half)), view.part(slice(half, None))
+
+
+def partly_labeled(view: View) -> list[bool]:
+    """Whether objects of each image may be without annotation."""
+    return [False] * len(view) if view.complete is None else (~view.complete).tolist()
+
+
+def confident(detector: Detector, output: Any, tau: float, theta1: float, most: int) -> list[Instances]:
+    """Detections of each image whose class score is above tau, after class-wise NMS, at most `most` of them.
+
+    In the NMS boxes stand in the order of the detector's own score: FCOS ranks by sqrt(class score * centerness), but
+    tau is held against the class score alone (section "Co-Generation" and the authors' code). Two-stage detectors
+    know class scores of regions only, so theirs are those that they report.
+    """
+    if isinstance(detector, HasRegions):
+        return detector.decode(output, tau, theta1, most)
+    if isinstance(detector, HasSlots):
+        every = detector.slots(output).logits[-1, 0].numel()  # not cut off before the NMS
+        found = detector.decode(output, tau, theta1, every)
+        return [f[nms(f.boxes, _scores(f), f.labels, theta1)[:most]] for f in found]
+    assert isinstance(output, DenseOutput)
+    bound = torch.tensor(tau).logit().item()
+    sure = output.logits.masked_fill(output.logits <= bound, -torch.inf)
+    return detector.decode(replace(output, logits=sure), 0.0, theta1, most)
+
+
+def unannotated(found: Instances, annotated: Instances, theta2: float) -> Instances:
+    """Boxes of one image that overlap no annotated box of the same class by more than theta2."""
+    overlap = iou_matrix(found.boxes, annotated.boxes.float())  # [N, M]
+    known = (overlap > theta2) & (found.labels[:, None] == annotated.labels)
+    return found[~known.any(dim=1)]
+
+
+def moved(found: list[Instances], of: View, into: View) -> list[Instances]:
+    """Boxes in one view's pixels -> in those of the other; what is clipped away there is dropped."""
+    matrices = between(of.matrices, into.matrices)  # [B, 3, 3]
+    return [map_instances(f, matrices[i], into.sizes[i])[0] for i, f in enumerate(found)]
+
+
+def joined(annotated: Instances, mined: Instances) -> Instances:
+    """Y + P: a mined box counts like an annotation."""
+    return Instances.cat([annotated, Instances(mined.boxes, mined.labels)])
+
+
+def statistics(mined: list[Instances], name: str) -> dict[str, Tensor | float]:
+    """Of the images and views that were mined: boxes of each, share of those with any, mean score of the boxes.
+
+    Empty where nothing was looked at; without a score where nothing was found.
+    """
+    if not mined:
+        return {}
+    counts = [len(m) for m in mined]
+    stats: dict[str, Tensor | float] = {
+        f"{name}_per_image": sum(counts) / len(counts),
+        f"{name}_share": sum(c > 0 for c in counts) / len(counts),
+    }
+    if any(counts):
+        stats[f"{name}_score"] = torch.cat([_scores(m) for m in mined]).mean()
+    return stats
+
+
+def _scores(found: Instances) -> Tensor:
+    assert found.scores is not None
+    return found.scores
