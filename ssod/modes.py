@@ -20,7 +20,8 @@ class TrainConfig(RunFolder, Inference, Data):
     )
     strategy: Component = Field(
         Component(name="mean_teacher"),
-        description="supervised, mean_teacher, unbiased_teacher, soft_teacher, rpl, prc, lsm or comining, and its options",
+        description="supervised, mean_teacher, unbiased_teacher, soft_teacher, rpl, prc, sed, lsm or comining, "
+        "and its options",
     )
     backbone: str = Field(
         "resnet50", description="any timm backbone with feature maps up to stride 32, or a plain ViT of patch 16"
