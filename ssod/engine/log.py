@@ -87,6 +87,8 @@ def progress_text(values: dict[str, float]) -> str:
             f" | {values['pseudo/per_image']:.1f} boxes/img, {values['pseudo/kept']:.0%} kept, "
             f"tau {values['pseudo/tau']:.2f}"
         )
+    if "mined/per_image" in values:
+        text += f" | {values['mined/per_image']:.2f} mined/img"
     return text
 
 

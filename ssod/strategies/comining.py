@@ -160,11 +160,11 @@ def statistics(mined: list[Instances], name: str) -> dict[str, Tensor | float]:
         return {}
     counts = [len(m) for m in mined]
     stats: dict[str, Tensor | float] = {
-        f"{name}_per_image": sum(counts) / len(counts),
-        f"{name}_share": sum(c > 0 for c in counts) / len(counts),
+        f"{name}/per_image": sum(counts) / len(counts),
+        f"{name}/share": sum(c > 0 for c in counts) / len(counts),
     }
     if any(counts):
-        stats[f"{name}_score"] = torch.cat([_scores(m) for m in mined]).mean()
+        stats[f"{name}/score"] = torch.cat([_scores(m) for m in mined]).mean()
     return stats
 
 
