@@ -59,19 +59,21 @@ class LSM(TeacherStudent):
             with parameters_held(self.student):
                 output = self.half_output(batch.labeled)
                 own = self.twin().loss(output, batch.labeled.targets, classes_only)
-            losses["aux"] = self.options.pim_weight * torch.stack(list(own.values())).sum()
+            losses["pim"] = self.options.pim_weight * torch.stack(list(own.values())).sum()
         return losses
 
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         options = self.options
-        found = self.detect(batch.weak, options.alpha if options.pim else options.tau)
+        seen = self.teacher_output(batch.weak)
+        found = self.decode(seen, options.alpha if options.pim else options.tau)
         mapped = self.to_strong(batch, found)
         tau = torch.full_like(self.label_counts, options.tau)  # [K]
         targets = [as_targets(above(m, tau)) for m in mapped]
         output = self.student_output(batch.strong)
-        out = self.step_output(self.student.loss(output, targets), step, found, targets, options.tau)
+        losses = self.student.loss(output, targets) | self.across_scales(batch, seen)
+        out = self.step_output(losses, step, found, targets, options.tau)
         if self.aux is None:
             return out
 
