@@ -50,6 +50,14 @@ LSM = {
     "coco10_lsm_detr": ("deformable_detr", 0.6, 0.4, "adamw", 2e-4, 0.1),
 }
 SPARSE = ("easy", "hard", "extreme", "50miss")
+# Co-mining, AAAI 2021, and its code: detector, backbone, tau, theta1, NMS of the evaluation; theta2 is 0.4 in all
+CO_MINING = {
+    "easy_comining": ("retinanet", "resnet50", 0.6, 0.5, 0.5),
+    "hard_comining": ("retinanet", "resnet50", 0.6, 0.5, 0.5),
+    "extreme_comining": ("retinanet", "resnet50", 0.5, 0.5, 0.5),
+    "50miss_comining": ("retinanet", "resnet101", 0.6, 0.5, 0.5),
+    "hard_comining_fcos": ("fcos", "resnet50", 0.5, 0.6, 0.6),
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -153,6 +161,27 @@ def test_sparse_recipes_have_co_minings_numbers(kind: str) -> None:
     assert [round(m * c.iters, -3) for m in c.milestones] == [60_000, 80_000]
     assert (c.detector.name, c.backbone, c.strategy.name) == ("retinanet", "resnet50", "supervised")
     assert f"/{kind}/" in c.data
+
+
+@pytest.mark.parametrize("name", CO_MINING)
+def test_co_mining_recipes_differ_from_their_baseline_by_the_strategy(name: str) -> None:
+    c, original = (load_config("train", {"cfg": f"sparse_{n}.yaml"}) for n in (name, name.split("_")[0]))
+    detector, backbone, tau, theta1, iou = CO_MINING[name]
+    assert (c.detector.name, c.backbone, c.iou) == (detector, backbone, iou)
+    assert (c.strategy.name, c.strategy.options) == ("comining", {"tau": tau, "theta1": theta1, "theta2": 0.4})
+    assert len(pipeline(c.augment.labeled, c.imgsz, "labeled").chains) == 2
+    # RetinaNet's losses are the authors' by default; FCOS's box loss is weighted by the centerness
+    assert c.detector.options == ({"center_weighted_box": True} if detector == "fcos" else {})
+    for key in ("data", "labeled", "imgsz", "batch", "lr0", "iters", "milestones", "warmup_iters", "freeze"):
+        assert getattr(c, key) == getattr(original, key), key
+
+
+def test_the_detectors_have_co_minings_losses_by_default() -> None:
+    found = build_detector("retinanet", 3, "resnet10t").options
+    assert (found.focal_alpha, found.focal_gamma, found.smooth_l1_beta) == (0.25, 2.0, 0.1)
+    assert (found.codec, found.mean_of_images, found.box_loss_weight) == ("l1", False, 1.0)
+    fcos = build_detector("fcos", 3, "resnet10t").options
+    assert (fcos.focal_alpha, fcos.focal_gamma, fcos.codec, fcos.center_radius) == (0.25, 2.0, "giou", 1.5)
 
 
 def test_without_the_data_a_recipe_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

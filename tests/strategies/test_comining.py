@@ -194,7 +194,7 @@ def test_the_loss_is_the_sum_of_both_views_each_divided_by_its_own_count() -> No
 
 @pytest.mark.parametrize("name", ["fcos", "retinanet"])
 def test_no_gradient_reaches_a_view_from_what_it_found_itself(name: str) -> None:
-    """What P_o moves is C_a alone: a branch's loss has no gradient to the other's output, and mining has none at all."""
+    """P_o moves C_a alone: to the loss of a its boxes are constants, and mining has no gradient at all."""
     s = strategy("comining", name, tau=TAU[name])
     batch = sparse([False, False])
     raw = s.student_output(batch)
