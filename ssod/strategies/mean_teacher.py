@@ -53,12 +53,14 @@ class MeanTeacher(TeacherStudent):
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
-        detections = self.detect(batch.weak, self.lowest())
+        seen = self.teacher_output(batch.weak)
+        detections = self.decode(seen, self.lowest())
         tau = self.thresholds(detections)
         mapped = self.to_strong(batch, detections)
         targets = [self.as_targets(above(m, tau)) for m in mapped]
         weigh = ignore_within([below(m, tau) for m in mapped]) if self.options.ignore else None
         losses = self.student.loss(self.student_output(batch.strong), targets, weigh)
+        losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, detections, targets, tau)
 
     def lowest(self) -> float:

@@ -66,6 +66,7 @@ class PRC(TeacherStudent):
         weighed: dict[str, Tensor | float] = {}
         own = self.weigher(reliability, weighed)
         losses = self.balance.loss(self.student, output, targets, alpha, own)
+        losses |= self.across_scales(batch, seen)
         out = self.step_output(losses, step, found, targets, tau)
         out.stats.update(weighed)
         if self.balance.active:

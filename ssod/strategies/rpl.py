@@ -7,7 +7,7 @@ from labelled images and from the pseudo boxes of the teacher, which stays as it
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -82,20 +82,25 @@ class RPL(TeacherStudent):
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
-        detections = self.detect(batch.weak, LOWEST)
+        seen = self.outputs(batch.weak)
+        detections = self.detect(seen, LOWEST)
         tau, alpha = self.balance.thresholds(self.options.tau), self.balance.weights()
         targets = [above(m, tau) for m in self.to_strong(batch, detections)]
-        losses = self.learn(batch.strong, targets, alpha)
+        losses = self.learn(batch.strong, targets, alpha) | self.across_scales(batch, *seen)
         out = self.step_output(losses, step, detections, targets, tau)
         out.stats |= self.balance.stats(tau, alpha)
         return out
 
     @torch.no_grad()
-    def detect(self, view: View, conf: float) -> list[Instances]:
-        """What the teacher, or both together, see in a view; scores are what `threshold_on` says."""
+    def outputs(self, view: View) -> list[Any]:
+        """Each teacher's raw output on a view, without gradient."""
+        return [teacher.head(teacher.features(view.images, view.sizes)) for _, teacher in self.pairs()]
+
+    @torch.no_grad()
+    def detect(self, seen: list[Any], conf: float) -> list[Instances]:
+        """What the teacher, or both together, make of their raw outputs; scores are what `threshold_on` says."""
         found = []
-        for _, teacher in self.pairs():
-            output = teacher.head(teacher.features(view.images, view.sizes))
+        for (_, teacher), output in zip(self.pairs(), seen, strict=True):
             detections = teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
             found.append([self._confident(d) for d in detections])
         return found[0] if len(found) == 1 else fuse(found, conf, self.options.nms, self.options.max_boxes)

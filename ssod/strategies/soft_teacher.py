@@ -59,6 +59,7 @@ class SoftTeacher(TeacherStudent):
         losses = self.student.loss(output, classes, self.weigh_classes(WeakView.of(batch, seen)))
         for name, value in self.student.loss(output, boxes, weigh_boxes).items():
             losses[name] = losses[name] + value
+        losses |= self.across_scales(batch, seen)
         out = self.step_output(losses, step, found, classes, self.options.tau)
         out.stats["pseudo/boxes_per_image"] = sum(map(len, boxes)) / len(boxes)
         return out

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.detectors.base import Detector
+from ssod.errors import UserError
+from ssod.nn.held import statistics_held
+from ssod.ops.half import half_size
 from ssod.ops.pseudo import class_counts
 from ssod.ops.views import between, map_instances
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
+from ssod.strategies.distillation import Distillation
 from ssod.structures import Instances, SemiBatch, View
 
 
@@ -25,6 +29,9 @@ class TeacherStudentOptions(StrategyOptions):
     ramp: int = Field(0, ge=0, description="steps after burn-in over which w_u grows from 0")
     nms: float = Field(0.6, gt=0, le=1, description="NMS threshold of the teacher's boxes")
     max_boxes: int = Field(100, ge=1, description="most pseudo boxes of one image before the threshold")
+    scale_weight: float = Field(
+        0.0, ge=0, description="weight, within w_u, of the half-size image's consistency with the teacher, as in SED"
+    )
 
 
 class TeacherStudent(Strategy):
@@ -40,7 +47,13 @@ class TeacherStudent(Strategy):
     label_images: Tensor
 
     def __init__(self, student: Detector, options: TeacherStudentOptions, plan: Plan) -> None:
+        if options.scale_weight and not student.spec["options"].get("half_scale"):
+            raise UserError(
+                f"strategy.scale_weight={options.scale_weight} looks at half-size images, which need one pyramid level "
+                "more; set detector.half_scale=true, or strategy.scale_weight=0."
+            )
         super().__init__(student, options, plan, with_teacher=True)
+        self.distillation = Distillation()
         self.register_buffer("label_counts", torch.zeros(student.num_classes))
         self.register_buffer("label_images", torch.zeros(()))
 
@@ -69,10 +82,6 @@ class TeacherStudent(Strategy):
         """Detections of the teacher's raw output that score above conf, by descending score, without gradient."""
         return self.teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
 
-    def detect(self, view: View, conf: float) -> list[Instances]:
-        """The teacher's detections in a view that score above conf: pixels of that view, no gradient."""
-        return self.decode(self.teacher_output(view), conf)
-
     def to_strong(self, batch: SemiBatch, detections: list[Instances]) -> list[Instances]:
         """Detections in the weak view -> in the strong view's pixels, with their scores, quality and weights; those
         clipped away are dropped."""
@@ -80,6 +89,26 @@ class TeacherStudent(Strategy):
         assert batch.strong is not None
         matrices = between(batch.weak.matrices, batch.strong.matrices)  # [B, 3, 3]
         return [map_instances(d, matrices[i], batch.strong.sizes[i])[0] for i, d in enumerate(detections)]
+
+    def across_scales(self, batch: SemiBatch, *seen: Any) -> dict[str, Tensor]:
+        """Losses "half/NAME": the student on the strong view at half size against the teacher on the weak view at full
+        size (SED's consistency across scales), times `scale_weight`; none where that is 0.
+
+        seen  the teacher's raw output on the weak view; of several pairs one each, in order, the second one's losses
+              are "2/half/NAME"
+        """
+        if not self.options.scale_weight:
+            return {}
+        assert batch.strong is not None
+        images, sizes = half_size(batch.strong)
+        matrices = to_weak(batch)
+        losses: dict[str, Tensor] = {}
+        for i, ((student, teacher), judged) in enumerate(zip(self.pairs(), seen, strict=True)):
+            with statistics_held(student):  # inference sees full-size images
+                half = student.head(student.features(images, sizes, shift=1))
+            for name, value in self.distillation(student, half, teacher, judged, matrices).items():
+                losses[f"{i + 1}/half/{name}" if i else f"half/{name}"] = self.options.scale_weight * value
+        return losses
 
     def step_output(
         self, losses: dict[str, Tensor], step: int, found: list[Instances], used: list[Instances], tau: Tensor | float
@@ -102,3 +131,13 @@ class TeacherStudent(Strategy):
     def ramp(self, step: int) -> float:
         """0..1, linear over `ramp` steps after burn-in."""
         return min(1.0, (step - self.plan.burn_in + 1) / self.options.ramp) if self.options.ramp else 1.0
+
+
+def to_weak(batch: SemiBatch) -> Tensor | None:
+    """Pixels of the strong view -> pixels of the weak view, float64 [B, 3, 3]; None where they are the same, which
+    spares the search for what lies where."""
+    assert batch.weak is not None
+    assert batch.strong is not None
+    if torch.equal(batch.weak.matrices, batch.strong.matrices):
+        return None
+    return between(batch.strong.matrices, batch.weak.matrices)

@@ -25,9 +25,11 @@ class UnbiasedTeacher(TeacherStudent):
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
-        found = self.detect(batch.weak, self.options.tau)
+        seen = self.teacher_output(batch.weak)
+        found = self.decode(seen, self.options.tau)
         targets = [self.as_targets(d) for d in self.to_strong(batch, found)]
         losses = self.student.loss(self.student_output(batch.strong), targets)
+        losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, found, targets, self.options.tau)
 
     def as_targets(self, pseudo: Instances) -> Instances:

@@ -207,7 +207,7 @@ def test_each_class_has_its_own_threshold() -> None:
         s.balance.sums.copy_(torch.tensor([[1.0, ratio, 1.0], [1.0, 1.0, 1.0]]))
         torch.manual_seed(0)
         out = s.unsupervised(batch(), step=0)
-        scores = torch.cat([d.scores for d in s.detect(batch().weak, 0.4)])  # type: ignore[arg-type, misc]
+        scores = torch.cat([d.scores for d in s.decode(s.teacher_output(batch().weak), 0.4)])  # type: ignore[arg-type, misc]
         tau = 0.4 if ratio < 1 else 0.6 * 1.8**0.5
         assert out.stats["pseudo/per_image"] == (scores >= tau).sum().item() / 2
         kept.append(out.stats["pseudo/per_image"])

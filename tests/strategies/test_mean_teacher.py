@@ -75,7 +75,7 @@ def test_pseudo_boxes_are_mapped_into_the_strong_view(monkeypatch: pytest.Monkey
     s = strategy(tau=0.5)
     found = Instances(torch.tensor([[2.0, 10, 20, 30]]), torch.tensor([1]), scores=torch.tensor([0.9]))
     low = Instances(torch.tensor([[2.0, 10, 20, 30]]), torch.tensor([1]), scores=torch.tensor([0.4]))
-    monkeypatch.setattr(MeanTeacher, "detect", lambda self, view, conf: [found, low])
+    monkeypatch.setattr(MeanTeacher, "decode", lambda self, seen, conf: [found, low])
     seen: list[list[Instances]] = []
     loss = s.student.loss
     monkeypatch.setattr(
@@ -216,7 +216,7 @@ def test_uncertain_boxes_take_background_out_of_the_loss_by_hand() -> None:
 def test_where_the_teacher_is_in_doubt_nothing_is_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A doubtful box over the whole image leaves no background to learn from."""
     whole = Instances(torch.tensor([[0.0, 0, SIZE, SIZE]]), torch.tensor([1]), scores=torch.tensor([0.5]))
-    monkeypatch.setattr(MeanTeacher, "detect", lambda self, view, conf: [whole, whole])
+    monkeypatch.setattr(MeanTeacher, "decode", lambda self, seen, conf: [whole, whole])
     losses = {}
     for ignore in (True, False):
         s = strategy(name, tau=0.9, tau_low=0.1, ignore=ignore)

@@ -144,7 +144,7 @@ def test_each_class_has_its_own_threshold_for_pseudo_boxes(monkeypatch: pytest.M
     assert s.balance.thresholds(s.options.tau).tolist() == pytest.approx([0.4, 0.7, 0.9])
     detections = found((0, 0.45, 0.5), (0, 0.39, 0.5), (1, 0.75, 0.5), (1, 0.69, 0.5), (2, 0.91, 0.5), (2, 0.89, 0.5))
     seen: list[list[Instances]] = []
-    monkeypatch.setattr(s, "detect", lambda view, conf: [detections, detections[:0]])
+    monkeypatch.setattr(s, "detect", lambda seen, conf: [detections, detections[:0]])
     monkeypatch.setattr(s, "learn", lambda view, targets, alpha: seen.append(targets) or {"cls": torch.zeros(())})
     out = s.unsupervised(batch(), step=2)
     assert seen[0][0].labels.tolist() == [0, 1, 2]

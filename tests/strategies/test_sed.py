@@ -17,7 +17,7 @@ from ssod.strategies import build_strategy
 from ssod.strategies.base import Plan
 from ssod.strategies.distillation import Distillation, statistics
 from ssod.strategies.pairing import Paired
-from ssod.strategies.sed import to_weak
+from ssod.strategies.teacher_student import to_weak
 from ssod.structures import Instances, SemiBatch, View
 
 ALL = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
@@ -179,7 +179,7 @@ def test_every_parameter_has_a_gradient_after_a_labelled_step(name: str) -> None
 
 def test_only_the_half_size_teaches_the_level_below() -> None:
     for scale in (True, False):
-        s = strategy("sed", "fcos", HALF, scale=scale)
+        s = strategy("sed", "fcos", HALF, scale_weight=float(scale))
         out = s(batch(), step=0)
         assert any("half/" in k for k in out.losses) == scale
         unsupervised(out.losses).backward()
@@ -214,7 +214,7 @@ def test_who_agrees_with_the_teacher_has_nothing_to_learn(name: str) -> None:
 def test_running_statistics_are_those_of_full_size_images() -> None:
     norms = []
     for scale in (True, False):
-        s = strategy("sed", "fcos", HALF, scale=scale)
+        s = strategy("sed", "fcos", HALF, scale_weight=float(scale))
         s(batch(), step=0)
         norms.append({k: v for k, v in s.student.state_dict().items() if "running" in k})
     assert norms[0]
@@ -314,9 +314,9 @@ def test_the_alarm_for_missing_pseudo_boxes_stays_silent() -> None:
 
 def test_half_size_images_need_their_level() -> None:
     for name in ALL:
-        with pytest.raises(UserError, match=r"set detector.half_scale=true, or strategy.scale=false\.$") as error:
+        with pytest.raises(UserError, match=r"set detector.half_scale=true, or strategy.scale_weight=0\.$") as error:
             strategy("sed", name)
         assert "\n" not in str(error.value)
-        assert strategy("sed", name, scale=False)(batch(), step=0).losses
+        assert strategy("sed", name, scale_weight=0.0)(batch(), step=0).losses
     with pytest.raises(UserError, match="tau"):
         strategy("sed", "fcos", HALF, tau=0.5)

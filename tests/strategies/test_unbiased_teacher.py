@@ -40,7 +40,7 @@ def test_one_hard_threshold_and_the_papers_weight(monkeypatch: pytest.MonkeyPatc
     s = strategy("unbiased_teacher", "faster_rcnn")
     asked: list[float] = []
     found = Instances(torch.tensor([[2.0, 10, 20, 30]]), torch.tensor([1]), scores=torch.tensor([0.71]))
-    monkeypatch.setattr(UnbiasedTeacher, "detect", lambda self, view, conf: asked.append(conf) or [found, found[:0]])
+    monkeypatch.setattr(UnbiasedTeacher, "decode", lambda self, seen, conf: asked.append(conf) or [found, found[:0]])
     seen: list[list[Instances]] = []
     loss = s.student.loss
     monkeypatch.setattr(s.student, "loss", lambda out, targets: seen.append(targets) or loss(out, targets))
