@@ -34,6 +34,9 @@ class CoMining(Strategy):
             0.4, ge=0, le=1, description="a box that overlaps an annotated one of its class by more is no new object"
         )
         mine: bool = Field(True, description="false: both views learn from the annotations alone (baseline `joint`)")
+        mine_from: int = Field(
+            0, ge=0, description="first step at which partly labelled images are mined; before it as `joint`"
+        )
         max_boxes: int = Field(100, ge=1, description="most boxes of one image after the NMS")
         weight: float = Field(1.0, ge=0, description="w_u, weight of the unlabelled images' loss")
 
@@ -52,7 +55,8 @@ class CoMining(Strategy):
         views = two_views(batch.labeled)
         output = self.student_output(batch.labeled)
         outputs = output.part(slice(len(views[0]))), output.part(slice(len(views[0]), None))
-        losses, mined = self.learn(outputs, views, partly_labeled(views[0]))
+        wanted = [partly and step >= self.options.mine_from for partly in partly_labeled(views[0])]
+        losses, mined = self.learn(outputs, views, wanted)
         out = StepOutput({f"sup/{k}": v for k, v in losses.items()}, statistics(mined, "mined"))
         if batch.weak is not None and batch.strong is not None:
             views = batch.weak, batch.strong

@@ -254,6 +254,15 @@ def test_joint_is_two_views_without_mining(name: str) -> None:
     assert all(torch.isfinite(torch.tensor(v)) for v in found["joint"].values())
 
 
+def test_mining_may_begin_later() -> None:
+    s = strategy("comining", "retinanet", tau=TAU["retinanet"], mine_from=3)
+    batch = SemiBatch(sparse([False, False]), view(2), view(2, flip=True))
+    before, after = s(batch, 2).stats, s(batch, 3).stats
+    assert not any(k in before for k in ("mined/per_image", "mined/share"))
+    assert before["mined/unlabeled/per_image"] > 0  # those wait for burn_in only: unmined they are all background
+    assert after["mined/per_image"] > 0
+
+
 def test_without_any_annotation_and_any_mined_box() -> None:
     for name in OPTIONS:
         s = strategy("comining", name, tau=0.99)
