@@ -154,6 +154,15 @@ def test_lsm_recipes_have_the_numbers_we_chose(name: str) -> None:
         assert getattr(c, key) == getattr(base, key), key
 
 
+def test_the_sed_recipe_has_the_numbers_we_chose() -> None:
+    c, base = load_config("train", {"cfg": "coco10_sed.yaml"}), load_config("train", {"cfg": "coco10.yaml"})
+    assert (c.detector.name, c.detector.options) == ("faster_rcnn", {"half_scale": True})
+    own = {"weight": 1.0, "scale_weight": 1.0, "box_weight": 1.0, "reweight": True}
+    assert (c.strategy.name, c.strategy.options) == ("sed", own)
+    for key in ("labeled", "unlabeled", "batch", "batch_unlabeled", "iters", "burn_in", "ema_decay", "augment", "lr0"):
+        assert getattr(c, key) == getattr(base, key), key
+
+
 @pytest.mark.parametrize("kind", SPARSE)
 def test_sparse_recipes_have_co_minings_numbers(kind: str) -> None:
     c = load_config("train", {"cfg": f"sparse_{kind}.yaml"})
