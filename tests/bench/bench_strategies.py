@@ -5,8 +5,10 @@
 A semi-supervised step cannot do with less than its parts: forward, loss and backward on the labelled images, the same
 on the strong view of the unlabelled ones, and one inference of the teacher on their weak view. These three, measured in
 the same run with the arm's own detector, are its floor; with as many images of each kind it is about 7F, F a forward.
-Everything above it is the strategy's: thresholds, mapping, the teacher's second opinion, weights, moving average. The
-optimizer's step is in none of them.
+Strategies that look at half-size images (`detector.half_scale`) cannot do without forward, loss and backward on the
+strong view at half size either, 0.75F. Co-mining has no teacher and learns from two views of labelled images, 6F.
+Everything above the floor is the strategy's: thresholds, mapping, the teacher's second opinion, weights, moving
+average. The optimizer's step is in none of them.
 
 Arms are those of a grid (see study_grid.py), without its data: pictures are the demo set's, drawn anew. Each detector
 is first fitted to its pictures, so that the teacher finds about as many boxes as are there; how many is printed.
@@ -44,6 +46,7 @@ from ssod.engine.setup import build_student
 from ssod.modes import TrainConfig
 from ssod.nn.ema import frozen_copy
 from ssod.nn.precision import amp_dtype, autocast, lay_out
+from ssod.ops.half import half_size
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 from ssod.structures import Instances, SemiBatch, View
@@ -51,7 +54,7 @@ from ssod.structures import Instances, SemiBatch, View
 GRID = Path(__file__).parent / "grids" / "bccd10.yaml"
 STEP = 5000  # far behind burn-in and ramps
 FIT_LR = 5e-4
-PARTS = ("labelled", "unlabelled", "teacher")
+PARTS = ("labelled", "unlabelled", "teacher", "half size", "two views")
 Step = Callable[[], object]
 
 
@@ -100,9 +103,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for arm, config in configs.items():
         taken = times[arm, "step"]
-        own = {p: times[detector_key(config), p] for p in PARTS}
-        semi = strategies[arm].uses_unlabeled
-        floor = sum(own.values()) if semi else own["labelled"]
+        own = {p: times[detector_key(config), p] for p in parts_of(strategies[arm], config)}
+        floor = sum(own.values())
         report[arm] = {"ms": taken, "floor": floor, "parts": own, "bytes": memory[arm], "boxes": boxes[arm]}
         print(
             f"| {arm} | {taken:.0f} | {taken / times['supervised', 'step']:.2f} | {floor:.0f} | {taken / floor:.2f} | "
@@ -112,7 +114,8 @@ def main() -> None:
     print("\n| parts, ms | " + " | ".join(PARTS) + " |\n|---|" + "---|" * len(PARTS))
     for key in states:
         arms_of = ", ".join(arm for arm, config in configs.items() if detector_key(config) == key)
-        print(f"| {arms_of} | " + " | ".join(f"{times[key, p]:.0f}" for p in PARTS) + " |")
+        cells = (f"{times[key, p]:.0f}" if (key, p) in times else "-" for p in PARTS)
+        print(f"| {arms_of} | " + " | ".join(cells) + " |")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
 
@@ -137,6 +140,26 @@ def config_of(values: Mapping[str, Any], args: argparse.Namespace) -> TrainConfi
 
 def detector_key(config: TrainConfig) -> str:
     return ", ".join(f"{k}={v}" for k, v in config.detector.options.items())
+
+
+def parts_of(strategy: Strategy, config: TrainConfig) -> tuple[str, ...]:
+    """What a step of the strategy cannot do without."""
+    if strategy.mines:
+        return ("two views",)
+    if not strategy.uses_unlabeled:
+        return ("labelled",)
+    return ("labelled", "unlabelled", "teacher", "half size")[: 4 if looks_at_half_size(config) else 3]
+
+
+def looks_at_half_size(config: TrainConfig) -> bool:
+    return bool(config.detector.options.get("half_scale"))
+
+
+def twice(view: View) -> View:
+    """Two views of the same partly labelled images, here equal ones."""
+    both = [torch.cat([t, t]) for t in (view.images, view.sizes, view.matrices)]
+    partly = torch.zeros(2 * len(view), dtype=torch.bool, device=view.images.device)
+    return View(both[0], both[1], both[2], view.targets * 2, view.indices * 2, partly)
 
 
 def pictures(count: int, seed: int, config: TrainConfig, args: argparse.Namespace) -> View:
@@ -228,7 +251,17 @@ def parts(config: TrainConfig, state: Path, args: argparse.Namespace) -> dict[st
         with autocast(amp_dtype(config.amp, device, teacher), device):
             teacher(weak.images, weak.sizes, conf=0.3)
 
-    return {"labelled": learn(labeled, labeled.targets), "unlabelled": learn(strong, true), "teacher": teach}
+    def learn_half() -> None:
+        student.zero_grad(set_to_none=True)
+        images, sizes = half_size(strong)
+        with autocast(amp_dtype(config.amp, device, student), device):
+            losses = student.loss(student.head(student.features(images, sizes, shift=1)), true)
+        torch.stack([v.float() for v in losses.values()]).sum().backward()
+
+    both = twice(labeled)
+    found = {"labelled": learn(labeled, labeled.targets), "unlabelled": learn(strong, true), "teacher": teach}
+    found["two views"] = learn(both, both.targets)
+    return found | ({"half size": learn_half} if looks_at_half_size(config) else {})
 
 
 def strategy_of(config: TrainConfig, state: Path, args: argparse.Namespace) -> Strategy:
@@ -241,7 +274,9 @@ def strategy_of(config: TrainConfig, state: Path, args: argparse.Namespace) -> S
 
 def strategy_step(strategy: Strategy, config: TrainConfig, args: argparse.Namespace) -> Step:
     batch = batch_of(config, args)[0]
-    if not strategy.uses_unlabeled:
+    if strategy.mines:
+        batch = SemiBatch(twice(batch.labeled))
+    elif not strategy.uses_unlabeled:
         batch = SemiBatch(batch.labeled)
     device = torch.device(args.device)
 
