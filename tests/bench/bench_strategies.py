@@ -61,7 +61,7 @@ Step = Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, default=GRID)
-    parser.add_argument("--arms", nargs="+", help="arms of the grid besides the supervised one; default: all")
+    parser.add_argument("--arms", nargs="+", help="arms of the grid besides its control; default: all")
     parser.add_argument("--weights", help="backbone's weights; default: random ones, frozen batch norm all the same")
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--size", type=int, help="side of the pictures, pixels; default: the grid's imgsz")
@@ -72,14 +72,15 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("ARM", "STATE"), help="print bytes and leave")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    values = read_grid(args.grid, {}).arms
+    grid = read_grid(args.grid, {})
+    values, control = grid.arms, grid.control
     if args.memory_of:
         arm, state = args.memory_of
         print(json.dumps(peak_memory(config_of(values[arm], args), state, args)))
         return
-    arms = ["supervised", *(a for a in args.arms or values if a != "supervised")]
+    arms = [control, *(a for a in args.arms or values if a != control)]
     configs = {arm: config_of(values[arm], args) for arm in arms}
-    print_head(configs["supervised"], args)
+    print_head(configs[control], args)
 
     with tempfile.TemporaryDirectory() as folder:
         states: dict[str, Path] = {}  # fitted weights of each distinct detector
@@ -99,7 +100,7 @@ def main() -> None:
         boxes = {arm: pseudo_boxes(strategies[arm], configs[arm], args) for arm in arms}
 
     report = {}
-    print("| arm | ms | / supervised | floor, ms | / floor | pseudo boxes an image | peak GB | / supervised |")
+    print("| arm | ms | / control | floor, ms | / floor | pseudo boxes an image | peak GB | / control |")
     print("|---|---|---|---|---|---|---|---|")
     for arm, config in configs.items():
         taken = times[arm, "step"]
@@ -107,9 +108,9 @@ def main() -> None:
         floor = sum(own.values())
         report[arm] = {"ms": taken, "floor": floor, "parts": own, "bytes": memory[arm], "boxes": boxes[arm]}
         print(
-            f"| {arm} | {taken:.0f} | {taken / times['supervised', 'step']:.2f} | {floor:.0f} | {taken / floor:.2f} | "
+            f"| {arm} | {taken:.0f} | {taken / times[control, 'step']:.2f} | {floor:.0f} | {taken / floor:.2f} | "
             f"{'-' if boxes[arm] is None else f'{boxes[arm]:.1f}'} | {memory[arm] / 1e9:.2f} | "
-            f"{memory[arm] / memory['supervised']:.2f} |"
+            f"{memory[arm] / memory[control]:.2f} |"
         )
     print("\n| parts, ms | " + " | ".join(PARTS) + " |\n|---|" + "---|" * len(PARTS))
     for key in states:
