@@ -180,9 +180,14 @@ def pictures(count: int, seed: int, config: TrainConfig, args: argparse.Namespac
     return View(stack, sizes, matrices, targets, list(range(count))).to(args.device)
 
 
+def unlabeled_of(config: TrainConfig) -> int:
+    """Unlabelled images for fitting, also where a step has none."""
+    return config.unlabeled_per_step or config.batch
+
+
 def batch_of(config: TrainConfig, args: argparse.Namespace) -> tuple[SemiBatch, list[Instances]]:
     """A step's images, and the true boxes of the strong view: the mirrored weak one."""
-    labeled, weak = pictures(config.batch, 0, config, args), pictures(config.unlabeled_per_step, 1, config, args)
+    labeled, weak = pictures(config.batch, 0, config, args), pictures(unlabeled_of(config), 1, config, args)
     side = config.imgsz
     mirror = torch.tensor([[-1.0, 0, side], [0, 1, 0], [0, 0, 1]], dtype=torch.float64, device=weak.matrices.device)
     true = []
@@ -210,7 +215,7 @@ def fit(config: TrainConfig, args: argparse.Namespace) -> dict[str, Tensor]:
     student = new_student(config, args, None)
     batch, true = batch_of(config, args)
     assert batch.strong is not None
-    weak = pictures(config.unlabeled_per_step, 1, config, args)
+    weak = pictures(unlabeled_of(config), 1, config, args)
     views = [(batch.labeled, batch.labeled.targets), (batch.strong, true), (weak, weak.targets)]
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], FIT_LR)
     for i in range(args.fit):
