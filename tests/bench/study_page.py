@@ -18,6 +18,7 @@ from study_grid import Grid
 
 matplotlib.use("Agg")  # files only: no display is needed
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MANY = 4  # arms, above which a plot shows less of each
 BEGIN, END = "<!-- written by study.py: begin -->", "<!-- written by study.py: end -->"
 
 Record = Mapping[str, Any]
@@ -101,21 +102,24 @@ def write_page(path: Path, grid: Grid, records: Sequence[Record], wanted: int, w
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Validation AP against the step: a thin line a run, a thick one for the mean over seeds."""
+    """Validation AP against the step: a thin line a run, a thick one for the mean over seeds.
+
+    Of more than MANY arms the means of the students alone, which is as much as a picture can hold.
+    """
     figure = Figure(figsize=(11, 5), layout="constrained")
     ax = figure.subplots()
-    for number, (arm, runs) in enumerate(arms_of(records).items()):
-        for network in _networks(runs):
+    arms = arms_of(records)
+    for number, (arm, runs) in enumerate(arms.items()):
+        for network in _networks(runs)[: 1 if len(arms) > MANY else None]:
             style = "-" if network == "teacher" else "--"
             curves = [{point[0]: 100 * point[1] for point in r["curve"][network]} for r in runs]
             steps = sorted(set.intersection(*(set(c) for c in curves)))
-            for curve in curves:
+            for curve in curves if len(arms) <= MANY else []:
                 ax.plot(steps, [curve[s] for s in steps], style, color=f"C{number}", linewidth=0.5, alpha=0.4)
             means = [statistics.mean(c[s] for c in curves) for s in steps]
             ax.plot(steps, means, style, color=f"C{number}", linewidth=2, marker=".", label=f"{arm}, {network}")
     ax.set_xlabel("step")
     ax.set_ylabel("AP")
-    ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
