@@ -13,9 +13,9 @@ import numpy as np
 
 from ssod.deploy.contract import Outputs
 
-# Pixels. Lower precision moves a box by a fraction of this. One that is farther away is another candidate: of two that
-# overlap and score alike, NMS kept the other one.
-FARTHEST = 2.0
+# Pixels. Lower precision moves a box by less. One that is farther away is another candidate: of two that overlap and
+# score alike NMS kept the other one. Of a trained RetinaNet in fp16 99.3 % were within 0.06, the others beyond 0.7.
+FARTHEST = 0.5
 
 
 @dataclass(frozen=True)
