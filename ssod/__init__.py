@@ -18,6 +18,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "SSOD": "ssod.api",
     "SemiTrainer": "ssod.engine.trainer",
     "Predictor": "ssod.deploy.predictor",
     "Results": "ssod.deploy.results",

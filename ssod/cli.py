@@ -164,37 +164,30 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def _val(config: Any) -> int:
-    from ssod.deploy.infer import Inference, pick_device
-    from ssod.deploy.predictor import load_detector
+    from ssod.deploy.asked import asked
+    from ssod.deploy.exported import load_model
     from ssod.engine.evaluate import coco_metrics, coco_rows, coco_truth, detect
     from ssod.engine.run import new_run
     from ssod.engine.setup import load_split
     from ssod.engine.voc_metric import voc_metrics
-    from ssod.nn.precision import amp_dtype, lay_out
 
-    detector, content = load_detector(config.model, config.weights)
+    model = load_model(config.model, config.weights, config.device)
     data = load_split(config.data, config.split, config.data_path, config.strict)
-    if content["names"] != data.names:
+    if model.names != data.names:
         raise UserError(
-            f"the model knows the classes {', '.join(content['names'])} and the data {', '.join(data.names)}. "
+            f"the model knows the classes {', '.join(model.names)} and the data {', '.join(data.names)}. "
             "Give data with the model's classes."
         )
-    device = pick_device(config.device)
-    dtype = amp_dtype("auto", device, detector) if device.type == "cuda" else None
-    lay_out(detector.to(device), dtype)
-    how = Inference(
-        imgsz=config.imgsz or content["imgsz"],
-        device=device,
-        dtype=dtype,
-        batch=config.batch,
-        workers=config.workers,
-        conf=config.conf,
-        iou=config.iou,
-        max_det=config.max_det,
-    )
+    wanted = asked(model.card, model.path, **_thresholds(config), default_conf=config.conf)
+    how = model.how(wanted, config.imgsz, config.batch, config.workers)
     print(data.summary())
+    if wanted.conf > config.conf:
+        print(
+            f"ssod: {model.path} gives no score below {wanted.conf:g}, so AP is lower than it would be.",
+            file=sys.stderr,
+        )
     bad: list[tuple[str, str]] = []
-    rows = coco_rows(detect(detector, data.samples, how, bad))
+    rows = coco_rows(detect(model.detector, data.samples, how, bad))
     for path, reason in bad:
         print(f"ssod: {path} cannot be read ({reason}); it counts as without detections.", file=sys.stderr)
     metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
@@ -211,6 +204,11 @@ def _val(config: Any) -> int:
         print(f"  {name:<20} AP {ap:.4f}" + (f"  VOC_AP50 {report['voc'][name]:.4f}" if "voc" in report else ""))
     print(f"{metrics.images} images, {metrics.detections} detections; run folder {folder}")
     return 0
+
+
+def _thresholds(config: Any) -> dict[str, Any]:
+    """conf, iou and max_det where the user gave them, else None: an exported model has its own."""
+    return {k: getattr(config, k) if k in config.model_fields_set else None for k in ("conf", "iou", "max_det")}
 
 
 def _coco_results(rows: Any, samples: Sequence[Any]) -> list[dict[str, Any]]:
@@ -236,12 +234,10 @@ def _predict(config: Any) -> int:
         weights=config.weights,
         device=config.device,
         imgsz=config.imgsz,
-        conf=config.conf,
-        iou=config.iou,
-        max_det=config.max_det,
         classes=config.classes,
         batch=config.batch,
         workers=config.workers,
+        **_thresholds(config),
     )
     results = predictor(config.source)
     folder = new_run(config.project, "predict", config.name, config.exist_ok)
@@ -255,8 +251,7 @@ def _predict(config: Any) -> int:
         if config.save:
             result.save(folder / f"{stem}.jpg")
         if config.save_txt:
-            (folder / "labels").mkdir(exist_ok=True)
-            (folder / "labels" / f"{stem}.txt").write_text(result.to_yolo())
+            result.save_txt(folder / "labels" / f"{stem}.txt")
         rows.append({"path": str(result.path), "boxes": result.summary()})
         if number < 20:
             print(f"{result.path}: {result.verbose()}")
@@ -267,8 +262,10 @@ def _predict(config: Any) -> int:
     for path, reason in predictor.unreadable:
         print(f"ssod: skipped {path}: {reason}", file=sys.stderr)
     boxes = sum(map(len, results))
-    speed = results[-1].speed["inference"] if results else float("nan")
-    print(f"{boxes} objects on {len(results)} images, {speed:.0f} ms an image; run folder {folder}")
+    parts = {key: sum(r.speed[key] for r in results) / len(results) for key in results[0].speed}
+    told = ", ".join(f"{key} {ms:.1f}" for key, ms in parts.items())
+    print(f"{boxes} objects on {len(results)} images, {sum(parts.values()):.0f} ms an image ({told})")
+    print(f"run folder {folder}")
     return 0
 
 

@@ -29,6 +29,7 @@ BELOW: dict[str, set[str]] = {
         *("strategies", "deploy", "detectors", "data", "nn", "ops", "structures", "dist", "config", "modes"),
         *("checkpoint", "errors", "__init__", "report"),
     },
+    "api": {"deploy", "data"},
     "report": {"deploy", "data", "config", "errors"},
     "cli": {"engine", "deploy", "data", "config", "nn", "errors", "__init__"},
 }

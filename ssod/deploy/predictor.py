@@ -1,25 +1,27 @@
-"""A checkpoint becomes a predictor: files in, `Results` out. Needs no strategy and no trainer."""
+"""Images in, `Results` out, by a model of any format. Needs no strategy and no trainer; for ONNX and OpenVINO files no
+torch either: it is imported where a checkpoint, TorchScript or an engine is loaded, never at the top."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from ssod.checkpoint import load_checkpoint
-from ssod.data.annotations.listing import find_images
-from ssod.data.image import ImageError, image_size
-from ssod.data.samples import Sample
-from ssod.data.views.geometry import Size
-from ssod.deploy.infer import Inference, detect, pick_device
+from ssod.data.sizes import Size
+from ssod.deploy.array_model import ArrayModel, Found, find_on_arrays
+from ssod.deploy.asked import Asked, asked, check_weights, fit_of
+from ssod.deploy.formats import kind_of
 from ssod.deploy.results import Results
-from ssod.detectors import build_detector
-from ssod.detectors.base import Detector
+from ssod.deploy.sources import Picture, Source, pictures
 from ssod.errors import UserError, did_you_mean
-from ssod.nn.precision import amp_dtype, lay_out
+
+if TYPE_CHECKING:
+    from ssod.deploy.exported import Loaded
+    from ssod.detectors.base import Detector
+
+_MANY = 1000  # detections kept before some classes are picked: others must not crowd out the wanted ones
 
 
 def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, dict[str, Any]]:
@@ -28,6 +30,9 @@ def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, di
     weights: "student", "teacher" or "auto" (the one that scored better, as the checkpoint says).
     Raises CheckpointError for an unusable file, UserError when it holds no such network.
     """
+    from ssod.checkpoint import load_checkpoint
+    from ssod.detectors import build_detector
+
     content = load_checkpoint(path)
     use = content["use"] if weights == "auto" else weights
     if use not in content["networks"]:
@@ -37,83 +42,99 @@ def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, di
     return detector.eval(), content
 
 
+def open_arrays(path: Path, device: str | int = "auto") -> ArrayModel:
+    """Open an .onnx file or an OpenVINO model. Raises UserError for one that cannot be used."""
+    if kind_of(path) == "onnx":
+        from ssod.deploy.onnx_model import OnnxModel
+
+        return OnnxModel(path, device)
+    from ssod.deploy.openvino_model import OpenVinoModel
+
+    return OpenVinoModel(path, device)
+
+
+def open_model(path: str | Path, weights: str = "auto", device: str | int = "auto") -> ArrayModel | Loaded:
+    """Open a model for a Predictor, its format by the ending: see ssod.deploy.formats.
+
+    Raises UserError for a file that cannot be used, another network than that in it, and a missing device.
+    """
+    if kind_of(path) in ("onnx", "openvino"):
+        model = open_arrays(Path(path), device)
+        check_weights(model.card, path, weights)
+        return model
+    from ssod.deploy.exported import load_model
+
+    return load_model(path, weights, device)
+
+
 class Predictor:
     """Detect objects on images.
 
-    model    a checkpoint written by `ssod train`
+    model    a checkpoint written by `ssod train`, a model written by `ssod export`, or one that `open_model` opened
     weights  "auto", "student" or "teacher"
-    device   "auto", "cpu", "cuda", "cuda:0" or 0
+    device   "auto", "cpu", "cuda", "cuda:0" or 0; for .onnx also "tensorrt"
     imgsz    long side of the image, pixels; None = as trained
-    conf     lowest score; iou  class-wise NMS threshold; max_det  most detections of an image
+    conf     lowest score, None = 0.25; iou  class-wise NMS threshold, None = 0.6; max_det  most detections of an
+             image, None = 100. In an exported model they are fixed: None takes its own, conf may be higher and max_det
+             smaller than that
     classes  keep only these classes, names or numbers
+    batch    images at once; workers  what reads images ahead (0 = nothing)
 
-    Raises UserError for a file, device or class that does not exist.
+    Raises UserError for a file, device or class that does not exist, and for what an exported model cannot give.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | ArrayModel | Loaded,
         *,
         weights: str = "auto",
         device: str | int = "auto",
         imgsz: Size | None = None,
-        conf: float = 0.25,
-        iou: float = 0.6,
-        max_det: int = 100,
+        conf: float | None = None,
+        iou: float | None = None,
+        max_det: int | None = None,
         classes: Sequence[int | str] | None = None,
         batch: int = 8,
         workers: int = 0,
     ) -> None:
-        detector, content = load_detector(model, weights)
-        where = pick_device(device)
-        self.detector = detector.to(where)
-        self.names: list[str] = content["names"]
+        self.model = open_model(model, weights, device) if isinstance(model, str | Path) else model
+        self.names = self.model.names
+        self.asked = asked(self.model.card, self.model.path, conf, iou, max_det)
         self.classes = None if classes is None else [self._class_number(c) for c in classes]
-        dtype = amp_dtype("auto", where, detector) if where.type == "cuda" else None
-        lay_out(self.detector, dtype)
-        self.max_det = max_det
-        most = max_det if classes is None else max(1000, max_det)  # other classes must not crowd out the wanted ones
-        self.how = Inference(imgsz or content["imgsz"], where, dtype, batch, workers, conf, iou, most)
+        self.imgsz, self.batch, self.workers = imgsz, batch, workers
         self.unreadable: list[tuple[str, str]] = []  # (path, reason) of sources skipped by the last call
 
-    def __call__(self, source: str | Path | Sequence[str | Path]) -> list[Results]:
-        """Detect on an image, a folder, a text list, a glob or a list of these; results in the order of the sources.
+    def __call__(self, source: Source) -> list[Results]:
+        """Detect on an image file, a folder, a text list, a glob, an array uint8 [H, W, 3] RGB, a Pillow image, or a
+        list of these; results in the order of the sources.
 
         Images that cannot be read are left out and listed in `unreadable`. Raises UserError when there is no image.
         """
-        samples = self._samples(source)
+        given = list(pictures(source))
+        self.unreadable = []
         results: dict[int, Results] = {}
-        for index, found, ms in self._timed(samples):
-            s = samples[index]
-            results[index] = Results(found, s.path, self.names, (s.height, s.width), {"inference": ms})
+        for index, boxes, speed in self._find(given):
+            keep = boxes.conf >= self.asked.conf
+            if self.classes is not None:
+                keep &= np.isin(boxes.cls, self.classes)
+            kept = boxes[keep][: self.asked.max_det]
+            results[index] = Results(kept, given[index].path, self.names, speed, given[index].pixels)
+        if not results:
+            first, reason = self.unreadable[0]
+            raise UserError(f"none of the {len(given)} images can be read; the first, {first}: {reason}.")
         return [results[i] for i in sorted(results)]
 
-    def _samples(self, source: str | Path | Sequence[str | Path]) -> list[Sample]:
-        paths = find_images(source)
-        self.unreadable = []
-        samples: list[Sample] = []
-        for path in paths:
-            try:
-                width, height = image_size(path)
-            except ImageError as error:
-                self.unreadable.append((str(path), error.reason))
-                continue
-            samples.append(Sample.unlabeled(path, len(samples) + 1, width, height))
-        if not samples:
-            first, reason = self.unreadable[0]
-            raise UserError(f"none of the {len(paths)} images can be read; the first, {first}: {reason}.")
-        return samples
+    def _find(self, given: list[Picture]) -> Iterator[Found]:
+        if isinstance(self.model, ArrayModel):
+            fit = fit_of(self.model.card, self.model.path, self.imgsz)
+            return find_on_arrays(self.model, given, fit, self.batch, self.workers, self.unreadable)
+        from ssod.deploy.infer import find_on_tensors
 
-    def _timed(self, samples: list[Sample]) -> Iterator[tuple[int, Any, float]]:
-        """Detections with each image's milliseconds: a batch's time falls on its first image's arrival, so the
-        running mean is what is reported."""
-        start = time.monotonic()
-        found_of = detect(self.detector, samples, self.how, self.unreadable)
-        for seen, (index, found) in enumerate(found_of, 1):
-            if self.classes is not None:
-                keep = torch.isin(found.labels, torch.tensor(self.classes, dtype=torch.int64))
-                found = found[keep][: self.max_det]
-            yield index, found, (time.monotonic() - start) * 1000 / seen
+        wanted = self.asked
+        if self.classes is not None and self.model.card is None:
+            wanted = Asked(wanted.conf, wanted.iou, max(_MANY, wanted.max_det))
+        how = self.model.how(wanted, self.imgsz, self.batch, self.workers)
+        return find_on_tensors(self.model.detector, given, how, self.unreadable)
 
     def _class_number(self, name: int | str) -> int:
         if isinstance(name, int) and 0 <= name < len(self.names):

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from ssod.checkpoint import load_last_good, sweep
 from ssod.config import validate
 from ssod.errors import UserError
 from ssod.modes import TrainConfig
@@ -60,6 +59,8 @@ def unlock_run(folder: Path) -> None:
 def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None, TrainConfig]:
     """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
     and on another device."""
+    from ssod.checkpoint import load_last_good, sweep  # brings torch, and predicting with an .onnx file needs none
+
     if not config.resume:
         return None, None, config
     folder = _last_run(config.project, config.name) if config.resume is True else _resume_folder(str(config.resume))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ssod import SSOD
 from ssod.checkpoint import FORMAT, save_checkpoint
 from ssod.data.annotations.listing import find_images
-from ssod.data.draw import class_color, draw_boxes, sheet
+from ssod.data.image import read_image
 from ssod.deploy.infer import pick_device
 from ssod.deploy.predictor import Predictor
-from ssod.deploy.results import Results
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
@@ -67,13 +67,28 @@ def test_results_come_in_order_and_do_not_depend_on_the_batch(checkpoint: Path, 
     alone = [predictor(checkpoint, batch=1)(p)[0] for p in find_images(photos)]
     assert [r.path for r in together] == find_images(photos)
     for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a.boxes.xyxy, b.boxes.xyxy, atol=1e-3, rtol=1e-5)
-        torch.testing.assert_close(a.boxes.conf, b.boxes.conf)
+        np.testing.assert_allclose(a.boxes.xyxy, b.boxes.xyxy, atol=1e-3, rtol=1e-5)
+        np.testing.assert_allclose(a.boxes.conf, b.boxes.conf, rtol=1e-5)
         h, w = a.orig_shape
         assert (a.boxes.xyxy >= 0).all()
         assert (a.boxes.xyxy[:, 2] <= w).all()
         assert (a.boxes.xyxy[:, 3] <= h).all()
-        assert a.speed["inference"] > 0
+        assert min(a.speed.values()) > 0
+        assert set(a.speed) == {"preprocess", "inference", "postprocess"}
+
+
+def test_images_in_memory_are_found_the_same_in(checkpoint: Path, photos: Path) -> None:
+    files = find_images(photos)
+    pixels = [read_image(p) for p in files]
+    given = [pixels[0], files[1], Image.fromarray(pixels[2]), pixels[3]]
+    predict = predictor(checkpoint, workers=2)
+    results = predict(given)
+    assert [r.path.name for r in results] == ["image0.jpg", "b.jpg", "image2.jpg", "image3.jpg"]
+    for a, b in zip(results, predict(files), strict=True):
+        np.testing.assert_allclose(a.boxes.xyxy, b.boxes.xyxy, atol=1e-3)
+        assert a.orig_shape == b.orig_shape
+        np.testing.assert_array_equal(a.orig_img, b.orig_img)
+    assert len(SSOD(checkpoint, device="cpu").predict(pixels[0], conf=0.0, max_det=7)[0]) == 7
 
 
 def test_files_that_cannot_be_read_are_named_and_left_out(checkpoint: Path, photos: Path) -> None:
@@ -89,8 +104,8 @@ def test_files_that_cannot_be_read_are_named_and_left_out(checkpoint: Path, phot
 
 def test_the_checkpoint_decides_between_student_and_teacher(checkpoint: Path, photos: Path) -> None:
     auto, teacher, student = (predictor(checkpoint, weights=w)(photos)[0] for w in ("auto", "teacher", "student"))
-    assert torch.equal(auto.boxes.conf, teacher.boxes.conf)
-    assert not torch.equal(auto.boxes.conf, student.boxes.conf)
+    assert np.array_equal(auto.boxes.conf, teacher.boxes.conf)
+    assert not np.array_equal(auto.boxes.conf, student.boxes.conf)
 
 
 def test_classes_are_kept_by_name_or_number(checkpoint: Path, photos: Path) -> None:
@@ -112,30 +127,8 @@ def test_boxes_come_back_in_source_pixels(checkpoint: Path, photos: Path, monkey
 
     monkeypatch.setattr(Detector, "forward", found)
     (result,) = predictor(checkpoint)(photos / "b.jpg")
-    torch.testing.assert_close(result.boxes.xyxy, torch.tensor([[30.0, 20, 60, 80]]))  # times 120 / 96 = 1.25
-    torch.testing.assert_close(result.boxes.xywh, torch.tensor([[45.0, 50, 30, 60]]))
-    torch.testing.assert_close(result.boxes.xyxyn, torch.tensor([[0.25, 0.25, 0.5, 1.0]]))
-    assert result.summary() == [
-        {"name": "dog", "class": 1, "confidence": 0.5, "box": {"x1": 30.0, "y1": 20.0, "x2": 60.0, "y2": 80.0}}
-    ]
-    assert result.to_yolo() == "1 0.375000 0.625000 0.250000 0.750000 0.50000\n"
-    assert result.verbose() == "1 dog"
-
-
-def test_drawing(photos: Path, tmp_path: Path) -> None:
-    found = Instances(torch.tensor([[10.0, 20, 50, 70]]), torch.tensor([1]), scores=torch.tensor([0.9]))
-    result = Results(found, photos / "b.jpg", NAMES, (80, 120), {})
-    pixels = result.plot()
-    assert pixels.shape == (80, 120, 3)
-    assert tuple(pixels[45, 10]) == class_color(1)
-    assert Image.open(result.save(tmp_path / "new" / "x.png")).size == (120, 80)
-    blank = np.zeros((40, 40, 3), np.uint8)
-    dashed = draw_boxes(blank, np.array([[4, 4, 36, 36]]), [0], [""], dashed=True)
-    drawn = (dashed[4, 4:36] != 0).any(1)
-    assert 0 < drawn.sum() < 32
-    assert not blank.any(), "the image itself stays as it was"
-    page = sheet([blank, blank[:20], blank], ["a", "b", "c"], columns=2)
-    assert page.shape[1] == 2 * 48 + 8
+    np.testing.assert_allclose(result.boxes.xyxy, [[30, 20, 60, 80]], rtol=1e-6)  # times 120 / 96 = 1.25
+    assert (result.verbose(), result.orig_shape) == ("1 dog", (80, 120))
 
 
 def test_devices() -> None:

@@ -8,20 +8,19 @@ coordinates, homogeneous column vectors, from the input image to the output imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as tvf
 
+from ssod.data.sizes import Size, fitted, sides  # noqa: F401  who resizes looks for them here
+
 try:
     import cv2
 except ImportError:  # the `fast` extra is not installed
     cv2 = None  # type: ignore[assignment]
 
-Size = int | Sequence[int]  # what `imgsz=` says: a long side, or (short, long)
 GREY = 114  # what lies outside an image: close to the ImageNet mean, so about 0 once normalised
 
 
@@ -40,26 +39,18 @@ def laid_out(image: Tensor) -> Tensor:
     return image if cv2 is not None else image.contiguous()
 
 
-def sides(imgsz: Size) -> tuple[int, int]:
-    """(long, short) limits in pixels of what `imgsz=` says: 640, or [800, 1333] for short and long; 0 = no limit."""
-    return (imgsz, 0) if isinstance(imgsz, int) else (imgsz[-1], imgsz[0] if len(imgsz) == 2 else 0)
-
-
-def fitted(height: int, width: int, long_side: int, short_side: int = 0) -> tuple[int, int]:
-    """(h, w) of an image resized, ratio kept, to the largest size whose sides keep the limits; 0 = no limit."""
-    ratio = long_side / max(height, width)
-    if short_side:
-        ratio = min(ratio, short_side / min(height, width))
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
-
-
 def resize(image: Tensor, long_side: int, short_side: int = 0) -> tuple[Tensor, np.ndarray]:
     """Resize to the limits of `fitted`, ratio kept up to the rounding of the sides; bilinear, antialiased.
 
     One kernel with and without the `fast` extra: an evaluation must not depend on what is installed.
     """
     h0, w0 = image.shape[1:]
-    h, w = fitted(h0, w0, long_side, short_side)
+    return resize_to(image, *fitted(h0, w0, long_side, short_side))
+
+
+def resize_to(image: Tensor, h: int, w: int) -> tuple[Tensor, np.ndarray]:
+    """Resize to h x w pixels as `resize` does."""
+    h0, w0 = image.shape[1:]
     if (h, w) == (h0, w0):
         return image, np.eye(3)
     return tvf.resize(image, [h, w], antialias=True), np.diag([w / w0, h / h0, 1.0])

@@ -1,0 +1,38 @@
+"""An exported TorchScript file: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssod.deploy.contract import Card
+from ssod.errors import UserError
+
+EXTRA = "ssod.json"  # the card, among the file's extra files
+
+
+class TorchScriptModel:
+    """A .torchscript file that `ssod export` wrote.
+
+    Raises ForeignModel for a file of another program, UserError for a damaged one.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device) -> None:
+        self.device = device
+        extra = {EXTRA: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export
+                self._module = torch.jit.load(str(path), map_location=device, _extra_files=extra).eval()
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} is not a TorchScript model, or it is cut off: {first}") from None
+        text: str | bytes = extra[EXTRA]
+        self.card = Card.loads(text.decode() if isinstance(text, bytes) else text, path)
+
+    def __call__(self, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """images float32 [B, 3, H, W], sizes int32 [B, 2] or None -> num_dets, boxes, scores, labels."""
+        return self._module(images) if sizes is None else self._module(images, sizes)
