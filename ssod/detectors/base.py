@@ -3,7 +3,7 @@
 features(images, sizes, shift=0) -> Pyramid
 head(pyramid)                    -> Output (typed, raw)
 loss(output, targets, weigh)     -> {name: scalar}
-decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality)
+decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality); `fixed` in fixed shapes
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ssod.errors import UserError
 from ssod.nn.backbone import Backbone
 from ssod.ops.assign import PaddedTargets
 from ssod.ops.codecs import Codec
+from ssod.ops.fixed import Detections
+from ssod.ops.forms import extent
 from ssod.ops.set_matching import CostWeights
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOutput, Weigh, Weights
 
@@ -57,6 +59,10 @@ class Detector(nn.Module):
 
     def decode(self, output: Any, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
         """Final detections of each image, by descending score, clipped to the image's valid size."""
+        raise NotImplementedError
+
+    def fixed(self, output: Any, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
+        """As `decode`, in fixed shapes: what an exported graph computes."""
         raise NotImplementedError
 
     def forward(
@@ -135,7 +141,7 @@ def check_batch(images: Tensor, sizes: Tensor | None) -> None:
     """Raises UserError for what no network can look at: another shape than [B, 3, H, W], or an empty one."""
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise UserError(f"images are {list(images.shape)}; a detector wants [batch, 3, height, width], none of them 0.")
-    if sizes is not None and sizes.shape != (len(images), 2):
+    if sizes is not None and sizes.shape != (images.shape[0], 2):
         raise UserError(f"sizes are {list(sizes.shape)} for {len(images)} images; give one (height, width) an image.")
 
 
@@ -150,7 +156,7 @@ def pyramid_of(maps: dict[int, Tensor], images: Tensor, sizes: Tensor | None, sh
     scale = 2**shift
     height, width = images.shape[-2:]
     if sizes is None:
-        sizes = torch.tensor([height, width], device=images.device).expand(len(images), 2)
+        sizes = extent(height, width, images.device).expand(images.shape[0], 2)
     return Pyramid({s * scale: m for s, m in maps.items()}, (height * scale, width * scale), sizes * scale)
 
 

@@ -30,6 +30,8 @@ from ssod.nn.deformable_transformer import DecoderLayer, EncoderLayer, Levels
 from ssod.nn.position import sine, sine_grid
 from ssod.ops.boxes import clip, nms
 from ssod.ops.codecs import L1Codec
+from ssod.ops.fixed import Detections, best_of, fill, fixed_detections, take_boxes
+from ssod.ops.forms import extent
 from ssod.ops.set_matching import CostWeights, to_corners
 from ssod.structures import DenseOutput, Instances, Pyramid, SlotOutput, Weigh
 
@@ -174,11 +176,11 @@ class DeformableDETR(Detector):
 
         if self.options.two_stage:
             dense = self._propose(x, levels, pyramid)
-            best = dense.logits[..., 0].topk(min(self.options.queries, x.shape[1]), dim=1).indices  # [B, Q]
-            start = dense.codes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach().sigmoid()
+            _, best = best_of(dense.logits[..., 0], self.options.queries)  # [B, Q]
+            start = take_boxes(dense.codes, best).detach().sigmoid()
             place, content = self.query(sine(start, self.options.width // 2).flatten(-2)).chunk(2, dim=-1)
             return self._refine(x, content, place, start, levels, pyramid, dense)
-        place, content = self.query_embed.weight.expand(len(x), -1, -1).chunk(2, dim=-1)
+        place, content = self.query_embed.weight.expand(x.shape[0], -1, -1).chunk(2, dim=-1)
         with full_precision(x):
             start = self.reference(place).sigmoid()  # [B, Q, 2]
         return self._refine(x, content, place, start, levels, pyramid, None)
@@ -201,21 +203,24 @@ class DeformableDETR(Detector):
         `iou` has no effect unless the option `nms` is set: one-to-one training leaves few duplicates.
         """
         with full_precision(output.logits):
-            scores = output.logits[-1].float().sigmoid().flatten(1)  # [B, Q * K]
-            taken = scores.shape[1] if self.options.nms else min(max_det, scores.shape[1])
-            best, index = scores.topk(taken, dim=1)
-            query, label = index // self.num_classes, index % self.num_classes
-            boxes = to_corners(output.boxes[-1].float()) * valid_extent(output.pyramid)[:, None]  # [B, Q, 4]
-            boxes = clip(boxes, output.pyramid.sizes[:, None])
+            boxes, best, label = self._best(output, max_det)
             found = []
-            for b in range(len(scores)):
+            for b in range(len(best)):
                 keep = (best[b] > conf).nonzero().squeeze(1)
-                instances = Instances(boxes[b, query[b, keep]], label[b, keep], best[b, keep])
+                instances = Instances(boxes[b, keep], label[b, keep], best[b, keep])
                 if self.options.nms:
                     assert instances.scores is not None
                     instances = instances[nms(instances.boxes, instances.scores, instances.labels, iou)[:max_det]]
                 found.append(instances)
             return found
+
+    def fixed(self, output: SlotOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
+        """See `Detector.fixed`."""
+        with full_precision(output.logits):
+            boxes, best, label = self._best(output, max_det)
+            if self.options.nms:
+                return fixed_detections(boxes, best, label, self.num_classes, conf, iou, max_det)
+            return fill(boxes, best, label, conf, max_det)
 
     # ---- HasSlots, HasDense
 
@@ -240,6 +245,14 @@ class DeformableDETR(Detector):
 
     # ---- inside
 
+    def _best(self, output: SlotOutput, max_det: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [B, T, 4] clipped, scores and labels [B, T] of the best pairs of query and class."""
+        scores = output.logits[-1].float().sigmoid().flatten(1)  # [B, Q * K]
+        best, index = best_of(scores, scores.shape[1] if self.options.nms else max_det)
+        boxes = to_corners(output.boxes[-1].float()) * valid_extent(output.pyramid)[:, None]  # [B, Q, 4]
+        boxes = clip(boxes, output.pyramid.sizes[:, None])
+        return take_boxes(boxes, index // self.num_classes), best, index % self.num_classes
+
     def _propose(self, x: Tensor, levels: Levels, pyramid: Pyramid) -> DenseOutput:
         """A class and a box from every cell of the encoder's output, [B, S, C] (appendix A.4)."""
         spans, anchors, sides, start = {}, [], [], 0
@@ -250,10 +263,10 @@ class DeformableDETR(Detector):
             sides.append(x.new_full((h * w,), side, dtype=torch.float32))
             cy, cx = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
             place = (torch.stack([cx, cy], dim=-1).flatten(0, 1) + 0.5) * stride  # [h * w, 2] pixels
-            half = place.new_tensor([width, height]) * side / 2
+            half = extent(width, height, x.device) * side / 2
             anchors.append(torch.cat([place - half, place + half], dim=-1))
 
-        side = torch.cat(sides).expand(len(x), -1)  # [B, S]
+        side = torch.cat(sides).expand(x.shape[0], -1)  # [B, S]
         guess = torch.cat([levels.places, torch.stack([side, side], dim=-1)], dim=-1)  # [B, S, 4]
         usable = ((guess > 0.01) & (guess < 0.99)).all(dim=-1, keepdim=True) & ~levels.padding.unsqueeze(-1)
         guess = guess.logit().masked_fill(~usable, torch.inf)

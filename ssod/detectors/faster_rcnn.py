@@ -23,6 +23,8 @@ from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import PaddedTargets, assign_iou, pad_targets, sample_balanced
 from ssod.ops.boxes import clip, nms, not_smaller
 from ssod.ops.codecs import L1Codec
+from ssod.ops.dense import codes_of
+from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
@@ -31,6 +33,8 @@ LEVELS = 5
 SMALLEST_ANCHOR = 32  # pixels
 RATIOS = (0.5, 1.0, 2.0)
 ROI_SIZE = 7
+NO_REGION = -1e30  # a logit that no anchor has
+FIXED_CANDIDATES = 3000  # pairs of region and class that a graph looks at: TensorRT sorts at most 3840
 
 
 class FasterRCNNOptions(BoxOptions):
@@ -134,7 +138,7 @@ class FasterRCNN(PyramidDetector):
         """
         with full_precision(output.logits):
             regions = self.proposals(output)
-            logits, codes = self._region_head(output.pyramid, regions)
+            logits, codes = self._region_head(output.pyramid, torch.cat(regions), _image_of(regions))
             anchors = torch.cat(regions).unsqueeze(1)  # [M, 1, 4]
             all_boxes, all_quality = self.roi_codec.decode(codes, anchors)  # [M, K or 1, 4]
             probability = logits.softmax(dim=1)[:, :-1]  # [M, K]
@@ -155,6 +159,22 @@ class FasterRCNN(PyramidDetector):
                 found.append(Instances(boxes[region, label], label, score[keep], quality))
             return found
 
+    def fixed(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
+        """See `Detector.fixed`."""
+        with full_precision(output.logits):
+            regions, real = self._fixed_proposals(output)  # [B, R, 4], [B, R]
+            batch, count = real.shape
+            image = torch.arange(batch, device=real.device).unsqueeze(1).expand(-1, count).flatten()
+            logits, codes = self._region_head(output.pyramid, regions.flatten(0, 1), image)
+            boxes, quality = self.roi_codec.decode(codes, regions.flatten(0, 1).unsqueeze(1))  # [M, K or 1, 4]
+            scores = ranked(logits.softmax(dim=1)[:, :-1], quality, self.options)  # [M, K]
+            boxes = boxes.expand(-1, self.num_classes, 4).reshape(batch, -1, 4)  # [B, R * K, 4]
+            boxes = clip(boxes, output.pyramid.sizes[:, None])
+            solid = not_smaller(boxes, 0.01) & real.repeat_interleave(self.num_classes, dim=1)
+            best, index = best_of(scores.reshape(batch, -1).where(solid, NEVER), FIXED_CANDIDATES)
+            label = index % self.num_classes
+            return fixed_detections(take_boxes(boxes, index), best, label, self.num_classes, conf, iou, max_det)
+
     # ---- HasRegions
 
     def proposals(self, output: DenseOutput) -> list[Tensor]:
@@ -164,7 +184,7 @@ class FasterRCNN(PyramidDetector):
     def read(self, output: DenseOutput, boxes: list[Tensor], labels: list[Tensor] | None = None) -> RegionOutput:
         """What the RoI head says of given boxes, B tensors [R, 4], corrected for given classes or for the best one."""
         with full_precision(output.logits):
-            logits, codes = self._region_head(output.pyramid, boxes)
+            logits, codes = self._region_head(output.pyramid, torch.cat(boxes), _image_of(boxes))
             wanted = logits[:, :-1].argmax(dim=1) if labels is None else torch.cat(labels)  # [M]
             corrected, quality = self.roi_codec.decode(self._codes_for(codes, wanted), torch.cat(boxes))
             return RegionOutput(logits, wanted, corrected, quality)
@@ -213,6 +233,20 @@ class FasterRCNN(PyramidDetector):
             proposals.append(boxes[b, solid[keep]])
         return proposals
 
+    def _fixed_proposals(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
+        """As `proposals`, filled up to one number: [B, R, 4], and which of them are real, bool [B, R]."""
+        boxes, scores = [], []
+        for span in output.spans.values():
+            score, anchor = best_of(output.logits[:, span, 0].float(), self.options.test_pre_nms)  # [B, T]
+            codes = codes_of(output.codes[:, span], anchor)
+            box = clip(self.codec.decode(codes, output.anchors[span][anchor])[0], output.pyramid.sizes[:, None])
+            score = score.where(not_smaller(box, 1e-3), NO_REGION)
+            keep = keep_mask(box, score, torch.zeros_like(anchor), 1, self.options.rpn_nms)  # level by level
+            boxes.append(box)
+            scores.append(score.where(keep, NO_REGION))
+        best, index = best_of(torch.cat(scores, dim=1), self.options.test_proposals)
+        return take_boxes(torch.cat(boxes, dim=1), index), best > NO_REGION
+
     def _rpn_loss(
         self, output: DenseOutput, targets: list[Instances], padded: PaddedTargets, weigh: Weigh | None
     ) -> dict[str, Tensor]:
@@ -256,7 +290,7 @@ class FasterRCNN(PyramidDetector):
 
         candidates = self._candidates(torch.cat(sampled), _image_of(sampled), torch.cat(assigned), padded, "roi")
         weights = candidate_weights(candidates, padded, weigh)
-        logits, codes = self._region_head(output.pyramid, sampled)
+        logits, codes = self._region_head(output.pyramid, torch.cat(sampled), _image_of(sampled))
         cls = self._class_loss(logits, candidates.labels)
 
         fg = (candidates.matched >= 0).nonzero().squeeze(1)
@@ -282,11 +316,11 @@ class FasterRCNN(PyramidDetector):
         labels = padded.labels[image, matched.clamp(min=0)].where(matched >= 0, self.num_classes)
         return Candidates(boxes, image, labels, matched, stage, float(max(1, len(boxes))))
 
-    def _region_head(self, pyramid: Pyramid, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Boxes of each image -> logits [M, K + 1] and codes [M, K, D] in float32 ([M, 1, D] if class-agnostic)."""
+    def _region_head(self, pyramid: Pyramid, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [M, 4] and the image of each, int64 [M] -> logits [M, K + 1] and codes [M, K, D] in float32 ([M, 1, D] if class-agnostic)."""
         maps = {s: m for s, m in pyramid.maps.items() if s in self.strides[:-1]}  # the top level serves the RPN only
         like = next(iter(maps.values()))
-        pooled = roi_features(maps, torch.cat(boxes), _image_of(boxes), ROI_SIZE)  # [M, C, 7, 7]
+        pooled = roi_features(maps, boxes, image, ROI_SIZE)  # [M, C, 7, 7]
         # The wide layers compute in the precision of the features, whatever the caller's autocast is by now.
         with torch.autocast(like.device.type, like.dtype, enabled=like.dtype != torch.float32):
             hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()

@@ -23,6 +23,7 @@ from ssod.ops.assign import assign_points, pad_targets
 from ssod.ops.boxes import centers, clip, distances
 from ssod.ops.codecs import GIoUCodec
 from ssod.ops.dense import best_per_level, codes_of, dense_candidates, suppress
+from ssod.ops.fixed import Detections, fixed_detections
 from ssod.ops.losses import centerness, focal_loss, weighted_sum
 from ssod.structures import DenseOutput, Instances, Pyramid, Weigh
 
@@ -150,22 +151,33 @@ class FCOS(PyramidDetector):
         `quality` of a detection is the codec's, or the centerness where the codec has none.
         """
         with full_precision(output.logits):
-            assert output.quality is not None
-            probability, centered = output.logits.float().sigmoid(), output.quality.float().sigmoid()
-            # Centerness also chooses whose codes are decoded: the codec's quality is known only afterwards.
-            scores = (probability * centered.unsqueeze(-1)).sqrt()  # [B, P, K]
-            best, point, label = best_per_level(scores, output.spans, self.options.pre_nms)  # [B, T] each
-            boxes, quality = self.codec.decode(codes_of(output.codes, point), output.anchors[point])  # [B, T, 4]
-            boxes = clip(boxes, output.pyramid.sizes[:, None])
-            near = centered.gather(1, point)
-            if self.options.rank_by_quality:
-                chosen = probability.flatten(1).gather(1, point * self.num_classes + label)
-                best = ranked(chosen, quality, self.options)
-            return suppress(boxes, best, label, near if quality is None else quality, conf, iou, max_det)
+            boxes, best, label, quality = self._best(output)
+            return suppress(boxes, best, label, quality, conf, iou, max_det)
+
+    def fixed(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
+        """See `Detector.fixed`."""
+        with full_precision(output.logits):
+            boxes, best, label, _ = self._best(output)
+            return fixed_detections(boxes, best, label, self.num_classes, conf, iou, max_det)
 
     def dense(self, output: DenseOutput) -> DenseOutput:
         """What `HasDense` asks for: the output is dense already."""
         return output
+
+    def _best(self, output: DenseOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes [B, T, 4], scores, labels and quality [B, T] of the best candidates of each level."""
+        assert output.quality is not None
+        probability, centered = output.logits.float().sigmoid(), output.quality.float().sigmoid()
+        # Centerness also chooses whose codes are decoded: the codec's quality is known only afterwards.
+        scores = (probability * centered.unsqueeze(-1)).sqrt()  # [B, P, K]
+        best, point, label = best_per_level(scores, output.spans, self.options.pre_nms)  # [B, T] each
+        boxes, quality = self.codec.decode(codes_of(output.codes, point), output.anchors[point])  # [B, T, 4]
+        boxes = clip(boxes, output.pyramid.sizes[:, None])
+        near = centered.gather(1, point)
+        if self.options.rank_by_quality:
+            chosen = probability.flatten(1).gather(1, point * self.num_classes + label)
+            best = ranked(chosen, quality, self.options)
+        return boxes, best, label, near if quality is None else quality
 
     def _responsible(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
         """How far from a box's centre a point may lie, [P], and between which distances its farthest side, [P, 2].

@@ -19,6 +19,7 @@ from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import assign_iou, pad_targets
 from ssod.ops.boxes import clip
 from ssod.ops.dense import best_per_level, codes_of, dense_candidates, suppress
+from ssod.ops.fixed import Detections, fixed_detections
 from ssod.ops.losses import focal_loss
 from ssod.structures import DenseOutput, Instances, Pyramid, Weigh
 
@@ -118,16 +119,26 @@ class RetinaNet(PyramidDetector):
     def decode(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
         """Score = class probability; with `rank_by_quality` its geometric mean with the codec's quality."""
         with full_precision(output.logits):
-            scores = output.logits.float().sigmoid()  # [B, P, K]
-            best, anchor, label = best_per_level(scores, output.spans, self.options.pre_nms)  # [B, T] each
-            boxes, quality = self.codec.decode(codes_of(output.codes, anchor), output.anchors[anchor])  # [B, T, 4]
-            boxes = clip(boxes, output.pyramid.sizes[:, None])
-            best = ranked(best, quality, self.options)
+            boxes, best, label, quality = self._best(output)
             return suppress(boxes, best, label, quality, conf, iou, max_det)
+
+    def fixed(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
+        """See `Detector.fixed`."""
+        with full_precision(output.logits):
+            boxes, best, label, _ = self._best(output)
+            return fixed_detections(boxes, best, label, self.num_classes, conf, iou, max_det)
 
     def dense(self, output: DenseOutput) -> DenseOutput:
         """What `HasDense` asks for: the output is dense already."""
         return output
+
+    def _best(self, output: DenseOutput) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Boxes [B, T, 4], scores, labels and quality [B, T] of the best candidates of each level."""
+        scores = output.logits.float().sigmoid()  # [B, P, K]
+        best, anchor, label = best_per_level(scores, output.spans, self.options.pre_nms)  # [B, T] each
+        boxes, quality = self.codec.decode(codes_of(output.codes, anchor), output.anchors[anchor])  # [B, T, 4]
+        boxes = clip(boxes, output.pyramid.sizes[:, None])
+        return boxes, ranked(best, quality, self.options), label, quality
 
     def _divisor(self, matched: Tensor) -> Tensor:
         """What the losses of each image's candidates are divided by, [B]."""

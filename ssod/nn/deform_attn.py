@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.errors import UserError, did_you_mean
+from ssod.ops.forms import graph_target, in_graph
 
 Shapes = Sequence[tuple[int, int]]
 _forced: ContextVar[str | None] = ContextVar("attention_form", default=None)
@@ -56,9 +57,13 @@ def attention_form(name: str) -> Iterator[None]:
 
 
 def _fitting(value: Tensor) -> str:
-    """The form for these values; "plain" in an exported or compiled graph and in double precision."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if graph or value.dtype == torch.float64:
+    """The form for these values; "plain" in an exported or compiled graph and in double precision.
+
+    TensorRT is said to compute grid_sample wrongly here (NVIDIA/TensorRT#4813), so its graphs gather.
+    """
+    if graph_target() == "tensorrt":
+        return "gather"
+    if in_graph() or value.dtype == torch.float64:
         return "plain"
     if value.device.type == "cpu":
         return "bags"

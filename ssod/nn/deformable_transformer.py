@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod.nn.deform_attn import deform_attn
+from ssod.ops.forms import extent
 from ssod.structures import Pyramid
 
 
@@ -44,11 +45,11 @@ class Levels:
         present = tuple(s for s in strides if s in pyramid.maps)
         shapes = [(pyramid.maps[s].shape[-2], pyramid.maps[s].shape[-1]) for s in present]
         device = pyramid.maps[present[0]].device
-        extent = torch.tensor([(w, h) for h, w in shapes], device=device)  # [L, 2]
-        frame = torch.tensor(pyramid.frame, device=device).flip(0)  # (W, H)
+        full = torch.stack([extent(w, h, device) for h, w in shapes])  # [L, 2]
+        frame = extent(*pyramid.frame, device).flip(0)  # (W, H)
         sizes = pyramid.sizes.to(device).flip(-1).unsqueeze(1)  # [B, 1, 2] (w, h)
         # Cell i starts at pixel floor(i * W / w), so those with i < valid * w / W are valid: rounded up, in integers.
-        counts = ((sizes * extent + frame - 1) // frame).minimum(extent)  # [B, L, 2]
+        counts = ((sizes * full + frame - 1) // frame).minimum(full)  # [B, L, 2]
 
         places = []
         for (height, width), count in zip(shapes, counts.unbind(1), strict=True):
@@ -57,7 +58,7 @@ class Levels:
             grid = [x.unsqueeze(1).expand(-1, height, -1), y.unsqueeze(2).expand(-1, -1, width)]
             places.append(torch.stack(grid, dim=-1).flatten(1, 2))
         place = torch.cat(places, dim=1)
-        return Levels(present, shapes, counts, counts / extent, 1 / extent, place, (place > 1).any(-1))
+        return Levels(present, shapes, counts, counts / full, 1 / full, place, (place > 1).any(-1))
 
 
 class DeformableAttention(nn.Module):

@@ -45,4 +45,4 @@ def start_predictions(logits: nn.Conv2d, codes: nn.Conv2d, first: Tensor) -> Non
 
 def per_anchor(x: Tensor, dim: int) -> Tensor:
     """[B, A * dim, h, w] -> [B, h * w * A, dim]."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, dim)
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, dim)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ssod.ops.forms import in_graph
+
 
 class AnchorGrid:
     """Anchors of each stride, shifted over the maps.
@@ -40,19 +42,26 @@ class AnchorGrid:
             spans[stride] = slice(start, start + count)
             start += count
 
+        if in_graph():
+            return self._levels(shapes, device, frame), spans
         key = (*((s, *shape) for s, shape in shapes.items()), device, frame)
         if key not in self._cache:
             if len(self._cache) > 64:  # many input shapes: rebuild now and then rather than grow
                 self._cache.clear()
-            levels = []
-            for stride, (height, width) in shapes.items():
-                step = (stride, stride) if frame is None else (frame[0] // height, frame[1] // width)
-                levels.append(self._level(self.cells[stride].to(device), height, width, step))
-            self._cache[key] = torch.cat(levels)
+            self._cache[key] = self._levels(shapes, device, frame)
         return self._cache[key], spans
 
     def __deepcopy__(self, memo: dict) -> AnchorGrid:
         return AnchorGrid(self.cells)  # a teacher needs no copy of the cache
+
+    def _levels(
+        self, shapes: Mapping[int, Sequence[int]], device: torch.device, frame: tuple[int, int] | None
+    ) -> Tensor:
+        levels = []
+        for stride, (height, width) in shapes.items():
+            step = (stride, stride) if frame is None else (frame[0] // height, frame[1] // width)
+            levels.append(self._level(self.cells[stride].to(device), height, width, step))
+        return torch.cat(levels)
 
     def _level(self, cells: Tensor, height: int, width: int, step: tuple[int, int]) -> Tensor:
         rows = torch.arange(height, device=cells.device) * step[0]

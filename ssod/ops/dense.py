@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssod.ops.assign import BACKGROUND, IGNORED, PaddedTargets
 from ssod.ops.boxes import nms
+from ssod.ops.fixed import best_of
 from ssod.structures import Candidates, Instances
 
 
@@ -41,7 +42,7 @@ def best_per_level(scores: Tensor, spans: Mapping[int, slice], count: int) -> tu
     values, indices = [], []
     for span in spans.values():
         level = scores[:, span].flatten(1)  # [B, P_level * K]
-        value, index = level.topk(min(count, level.shape[1]), dim=1)
+        value, index = best_of(level, count)
         values.append(value)
         indices.append(index + span.start * num_classes)
     index = torch.cat(indices, dim=1)

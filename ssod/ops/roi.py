@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from ssod.ops.boxes import area
+from ssod.ops.forms import extent, graph_target, in_graph
 
 CANONICAL_SIZE, CANONICAL_STRIDE = 224, 16  # a box of 224 px is cut from the map of stride 16 (FPN, Eq. 1)
 SAMPLING = 2  # bilinear samples per side of a cell
@@ -37,8 +38,9 @@ def roi_features(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
 
     Returns [M, C, size, size]; float32, or the dtype of the maps on a CPU.
     """
-    exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    by_pixels = boxes.device.type == "cpu" and not exporting
+    if graph_target() == "tensorrt":
+        return _by_gathers(maps, boxes, image, size)
+    by_pixels = boxes.device.type == "cpu" and not in_graph()
     return _by_pixels(maps, boxes, image, size) if by_pixels else _by_operator(maps, boxes, image, size)
 
 
@@ -46,7 +48,7 @@ def _by_operator(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
     rois = torch.cat([image.to(boxes.dtype).unsqueeze(1), boxes], dim=1)  # [M, 5]
     stride_of = roi_strides(boxes, list(maps))
     channels = next(iter(maps.values())).shape[1]
-    out = boxes.new_zeros(len(boxes), channels, size, size)
+    out = boxes.new_zeros(boxes.shape[0], channels, size, size)
     for stride, x in maps.items():
         index = (stride_of == stride).nonzero().squeeze(1)
         pooled = roi_align(x.float(), rois[index], size, spatial_scale=1 / stride, sampling_ratio=SAMPLING)
@@ -55,12 +57,29 @@ def _by_operator(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
 
 
 def _by_pixels(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
+    table, pixel, weight = _recipe(maps, boxes, image, size)
+    cells = _WeightedRows.apply(table, pixel.int(), weight.to(table.dtype))
+    return cells.view(boxes.shape[0], size, size, -1).permute(0, 3, 1, 2)
+
+
+def _by_gathers(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
+    table, pixel, weight = _recipe(maps, boxes, image, size)
+    cells = torch.zeros_like(table[:1])
+    for rows, share in zip(pixel.unbind(1), weight.unbind(1), strict=True):  # not all TAPS at once: gigabytes
+        cells = cells + table.index_select(0, rows) * share.unsqueeze(1)
+    return cells.view(-1, size, size, table.shape[1]).permute(0, 3, 1, 2)
+
+
+def _recipe(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of the n = M * size^2 cells is made of: all pixels as rows [T, C], TAPS of them int64 [n, TAPS] and
+    how much of each, float32 [n, TAPS]."""
     strides = list(maps)
     batch, channels = next(iter(maps.values())).shape[:2]
     # Every pixel of every map and image is a row: level by level, within it image by image.
     table = torch.cat([m.permute(0, 2, 3, 1).reshape(-1, channels) for m in maps.values()])  # [T, C]
-    shapes = torch.tensor([m.shape[-2:] for m in maps.values()])  # [L, 2]
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), batch * shapes.prod(dim=1).cumsum(0)[:-1]])  # [L]
+    shapes = torch.stack([extent(m.shape[-2], m.shape[-1], boxes.device) for m in maps.values()])  # [L, 2]
+    counts = batch * shapes.prod(dim=1)
+    starts = counts.cumsum(0) - counts  # [L]
 
     level = torch.searchsorted(torch.tensor(strides), roi_strides(boxes, strides))  # [M]
     height, width = shapes[level].unbind(1)
@@ -70,10 +89,9 @@ def _by_pixels(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int)
     column, column_weight = _taps(x1, x2, width, size)
 
     pixel = origin[:, None, None] + row * width[:, None, None]
-    pixel = (pixel[:, :, None, :, None] + column[:, None, :, None, :]).int()  # [M, size, size, 4, 4]
+    pixel = pixel[:, :, None, :, None] + column[:, None, :, None, :]  # [M, size, size, 4, 4]
     weight = row_weight[:, :, None, :, None] * column_weight[:, None, :, None, :]
-    cells = _WeightedRows.apply(table, pixel.reshape(-1, TAPS), weight.reshape(-1, TAPS).to(table.dtype))
-    return cells.view(len(boxes), size, size, channels).permute(0, 3, 1, 2)
+    return table, pixel.reshape(-1, TAPS), weight.reshape(-1, TAPS)
 
 
 def _taps(low: Tensor, high: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +101,7 @@ def _taps(low: Tensor, high: Tensor, length: Tensor, size: int) -> tuple[Tensor,
     Samples up to one pixel outside the map take its border, those farther out count as 0.
     """
     side = (high - low).clamp(min=1)
-    steps = (torch.arange(size * SAMPLING) + 0.5) / (size * SAMPLING)
+    steps = (torch.arange(size * SAMPLING, device=low.device) + 0.5) / (size * SAMPLING)
     at = low[:, None] + side[:, None] * steps  # [M, size * SAMPLING]
     last = (length - 1)[:, None]
     inside = (at >= -1) & (at <= length[:, None])

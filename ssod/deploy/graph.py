@@ -1,0 +1,152 @@
+"""A detector becomes an ONNX file: normalisation in, final boxes out, fixed output shapes, no path of this machine.
+
+The file fulfils `ssod.deploy.contract`. Training heads and teachers are no part of a detector, so none enters the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssod.deploy.contract import KEY, OUTPUTS, Card
+from ssod.detectors.base import Detector
+from ssod.errors import UserError
+from ssod.ops.fixed import Detections
+from ssod.ops.forms import Target, graph_for
+
+OPSETS = (18, 22)  # lowest and highest; 23 has an Attention that TensorRT does not take
+TRACED = (2, 320, 416)  # batch, H, W: the exporter would take any size of 1 for a constant, at stride 128 too
+LARGEST = 1 << 14  # pixels of a side
+
+
+class Graph(nn.Module):
+    """What is exported of a detector: images float32 0..1 [B, 3, H, W], and their valid sizes where `sized` says so."""
+
+    def __init__(self, detector: Detector, conf: float, iou: float, max_det: int) -> None:
+        super().__init__()
+        self.detector = detector
+        self.thresholds = (conf, iou, max_det)
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Detections:
+        pyramid = self.detector.features(images, sizes)
+        return self.detector.fixed(self.detector.head(pyramid), *self.thresholds)
+
+
+def export_onnx(detector: Detector, path: Path, card: Card) -> None:
+    """Write `detector` as the ONNX file that `card` describes, in float32; card.precision is the caller's to fulfil.
+
+    The detector is in eval mode on the CPU. Raises UserError without the packages that it takes, and for a network
+    that torch cannot export.
+    """
+    check_installed()
+    import onnx
+
+    program = _traced(detector, card)
+    model = program.model_proto
+    for node in _nodes(model.graph):
+        del node.metadata_props[:]  # stack traces, with the paths of this machine
+        node.doc_string = ""
+    for function in model.functions:
+        raise AssertionError(f"function {function.name} was not inlined")
+    stamp(model, card)
+    write_atomic(path, lambda temporary: onnx.save(model, temporary))
+
+
+def check_installed() -> None:
+    """Raises UserError where a package is missing that writing or checking an ONNX file takes."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"export needs {' and '.join(missing)}, not installed here: pip install 'ssod[export]'.")
+
+
+def stamp(model: Any, card: Card) -> None:
+    """Put the card into an ONNX model, and nothing else."""
+    del model.metadata_props[:]
+    model.metadata_props.add(key=KEY, value=card.dumps())
+    model.doc_string = ""
+    model.producer_name, model.producer_version = "ssod", card.versions["ssod"]
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Call write(temporary path) and rename: `path` is the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _traced(detector: Detector, card: Card) -> Any:
+    batch, height, width = TRACED
+    height, width = card.size or (height, width)
+    args: tuple[Tensor, ...] = (torch.rand(batch, 3, height, width),)
+    b = torch.export.Dim("batch", min=1, max=1024)
+    shapes: list[dict[int, Any]] = [{0: b}]
+    if card.size is None:
+        most = LARGEST // card.multiple
+        shapes[0] |= {2: card.multiple * torch.export.Dim("rows", max=most)}
+        shapes[0] |= {3: card.multiple * torch.export.Dim("columns", max=most)}
+    if "sizes" in card.inputs:
+        args += (torch.tensor([[height, width]] * batch, dtype=torch.int32),)
+        shapes.append({0: b})
+    graph = Graph(detector, card.conf, card.iou, card.max_det).eval()
+    target: Target = "tensorrt" if card.target == "tensorrt" else "onnx"
+    with torch.no_grad(), graph_for(target), _quiet():
+        return torch.onnx.export(
+            graph,
+            args,
+            dynamo=True,
+            dynamic_shapes=tuple(shapes),
+            input_names=list(card.inputs),
+            output_names=list(OUTPUTS),
+            opset_version=card.opset,
+            custom_translation_table=_translations(),
+        )
+
+
+def _translations() -> dict[Any, Any]:
+    from ssod.deploy.onnx_nms import nms_keep
+
+    return {torch.ops.ssod.nms_keep.default: nms_keep}
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter talks of its own progress and of its own deprecations."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [g.level for g in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for g in loggers:
+            g.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for g, level in zip(loggers, levels, strict=True):
+                g.setLevel(level)
+
+
+def _nodes(graph: Any) -> Sequence[Any]:
+    """All nodes, also of branches and loops."""
+    found = list(graph.node)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                found += _nodes(attribute.g)
+    return found

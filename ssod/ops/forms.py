@@ -1,0 +1,45 @@
+"""For what a graph is being made: the few operations that come in several forms ask here which one to take.
+
+Eager code takes what is fastest on its device. A graph for `onnx` may hold NonMaxSuppression and RoiAlign; one for
+`tensorrt`, which has neither, gets forms made of gathers and arithmetic, equal in their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Target = Literal["onnx", "tensorrt"]
+_target: ContextVar[Target | None] = ContextVar("graph_target", default=None)
+
+
+@contextmanager
+def graph_for(target: Target) -> Iterator[None]:
+    """Inside, networks compute by the operations of this target, in fixed shapes, and remember no shape."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def graph_target() -> Target | None:
+    """ "onnx" or "tensorrt" inside `graph_for`, else None."""
+    return _target.get()
+
+
+def in_graph() -> bool:
+    """Whether what is computed now becomes a graph: sizes may be symbols, and nothing may be cached by them."""
+    return _target.get() is not None or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def extent(height: int, width: int, device: torch.device) -> Tensor:
+    """int64 [2] of two sizes, which in a graph may be symbols: those `torch.tensor` would take as they are now."""
+    if not in_graph():
+        return torch.tensor([height, width], device=device)
+    return torch.stack([torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in (height, width)])
