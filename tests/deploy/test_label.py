@@ -29,10 +29,11 @@ from ssod.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from ssod.cli import main
 from ssod.config import load_config
 from ssod.data.annotations.sources import load_data
+from ssod.deploy.infer import Inference
 from ssod.deploy.label import Labeled, class_thresholds, label, label_images
 from ssod.deploy.label_plan import Plan, make_plan
 from ssod.deploy.label_writers import WRITERS
-from ssod.deploy.predictor import Predictor
+from ssod.deploy.predictor import Predictor, load_detector
 from ssod.detectors import build_detector
 from ssod.errors import UserError
 from ssod.modes import LabelConfig
@@ -394,8 +395,8 @@ def test_images_of_a_part_are_rows_in_order(checkpoint: Path, photos: Path, tmp_
     assert plan.images_of(0) + plan.images_of(1) == [
         "a.png", "b.png", "cut.png", "empty.jpg", "more/c.png", "more/d 1.png", "more/e.png",
     ]  # fmt: skip
-    predictor = Predictor(checkpoint, device="cpu", conf=0.0, max_det=2)
-    found = label_images(predictor.detector, plan.base, plan.images_of(0), predictor.how, [0.0, 0.0])
+    how = Inference(64, torch.device("cpu"), conf=0.0, max_det=2)
+    found = label_images(load_detector(checkpoint)[0], plan.base, plan.images_of(0), how, [0.0, 0.0])
     assert [row["file"] for row in found] == plan.images_of(0)
     assert [set(row) for row in found[2:]] == [{"file", "error"}] * 2
     assert len(found[0]["objects"]) == 2
