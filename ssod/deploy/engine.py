@@ -33,7 +33,7 @@ from ssod.deploy.trt import (
 from ssod.errors import UserError
 
 Size = tuple[int, int]
-_LEAST_WORKSPACE = 2.0  # GiB; with less, TensorRT finds no kernel for some layers and says so in a hundred lines
+_LEAST_WORKSPACE = 2.0  # GiB; with less, some layers at large sizes and batches find no room, and the build fails
 
 
 def build_engine(

@@ -150,7 +150,8 @@ def log_of(trt: Any) -> Any:
 def readable(message: str) -> str:
     """A message of TensorRT without source files, line numbers and error codes."""
     text = re.sub(r"^\[?[\w.]+\.(?:cpp|h)[\w:.]*\]?:?\s*", "", " ".join(message.split()))
-    text = re.sub(r"^(?:\w+::\w+: )?Error Code \d+: [\w ]+\((.*)\)$", r"\1", text)
+    text = re.sub(r"^(?:\w+::\w+: )?Error Code \d+: ([\w ]+?) ?\((.*)\)$", r"\1: \2", text)
+    text = re.sub(r"^(?:Internal|API Usage) Error: ", "", text)
     text = re.sub(r"\s*\(?In \w+ at \S+", "", text)
     text = re.sub(r"^Assertion \S+ failed\. (?=\S)", "", text)
     text = re.sub(r"^Assertion failed: (?:[^:]|::)+: (?=\S)", "", text)

@@ -154,6 +154,10 @@ def test_the_log_keeps_errors_and_prints_when_asked(capsys: pytest.CaptureFixtur
             "no optimization profile has been defined. In validate at /_src/optimizer/api/network.cpp:4023)",
             "Network has dynamic or shape inputs, but no optimization profile has been defined",
         ),
+        (
+            "[localCheckMacros.cpp::getErrorStr::132] Error Code 2: OutOfMemory (Requested size was 395559332 bytes.)",
+            "OutOfMemory: Requested size was 395559332 bytes",
+        ),
         ("ModelImporter.cpp:151: ERROR: Axes\n  must be sorted.", "ERROR: Axes must be sorted"),
         (
             "Assertion failed: creator && version(creator) == Version::kV3: no NonZero plugin is in the registry!",
