@@ -137,7 +137,7 @@ def test_any_order_of_the_same_rows_differs_in_nothing(data, rows):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.data(), st.lists(st.integers(0, 50), min_size=1, max_size=D, unique=True), st.floats(0.01, 1.9))
+@given(st.data(), st.lists(st.integers(0, 50), min_size=1, max_size=D, unique=True), st.floats(0.01, 0.49))
 def test_the_largest_shift_is_found(data, places, shift):
     rows = [(20.0 * place, 0.5, 0) for place in places]
     moved = data.draw(st.integers(0, len(rows) - 1))

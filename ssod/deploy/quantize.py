@@ -1,0 +1,113 @@
+"""An fp32 ONNX file becomes one whose convolutions compute in int8, by onnxruntime's static quantisation.
+
+Around every convolution stand pairs of QuantizeLinear and DequantizeLinear, with scales from what went through it on
+real images; the programs that run the file fuse them with it. All else, other layers, decoding and NMS, stays fp32.
+The two targets want different files: on a CPU activations of 8 bits without a sign are 2.6 times as fast as fp32, those
+with one hardly faster, and TensorRT takes none but signed ones around 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ssod.deploy.contract import KEY
+from ssod.deploy.graph import check_installed, write_atomic
+from ssod.deploy.half_graph import folded
+from ssod.errors import UserError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Batch = dict[str, np.ndarray]  # {input name: values}
+_LAYERS = ["Conv"]
+# Percent of a tensor's values that the 256 steps cover; what lies beyond is clipped.
+_COVERED = 99.99
+
+
+def quantize(onnx_in: Path, onnx_out: Path, batches: Iterable[Batch], target: Literal["onnx", "tensorrt"]) -> None:
+    """Write the int8 form of `onnx_in` to `onnx_out`, calibrated on `batches`, which are read once and not kept.
+
+    The card goes over, with precision "int8". Raises UserError without a batch, or without onnx or onnxruntime.
+    """
+    check_installed()
+    import onnx
+    from onnxruntime.quantization import QDQQuantizer, QuantType  # type: ignore[import-untyped]
+
+    model = folded(onnx.load(onnx_in))
+    metadata = {p.key: p.value for p in model.metadata_props}
+    signed = target == "tensorrt"
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress, tensor by tensor
+        ranges = _ranges(model, batches)
+        quantizer = QDQQuantizer(
+            onnx.shape_inference.infer_shapes(model),
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8 if signed else QuantType.QUInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=[],
+            op_types_to_quantize=_LAYERS,
+            # TensorRT has zero points of 0 only, and adds biases in fp32.
+            extra_options={"ActivationSymmetric": True, "QuantizeBias": False} if signed else {},
+        )
+        quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    made = quantizer.model.model
+    if KEY in metadata:
+        metadata[KEY] = json.dumps(json.loads(metadata[KEY]) | {"precision": "int8"}, ensure_ascii=False)
+    onnx.helper.set_model_props(made, metadata)  # without what onnxruntime notes for itself
+    made.producer_name, made.producer_version = model.producer_name, model.producer_version
+    for node in made.graph.node:
+        del node.metadata_props[:]
+    onnx.checker.check_model(made, full_check=True)
+    write_atomic(onnx_out, lambda temporary: onnx.save(made, temporary))
+
+
+def _ranges(model: ModelProto, batches: Iterable[Batch]) -> Any:
+    """What goes in and out of each layer, as lowest and highest value worth a step.
+
+    onnxruntime's calibrator keeps every value of every tensor until it has seen all data, gigabytes after a few images.
+    So it is given one batch at a time, after which it keeps a histogram a tensor.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    with tempfile.TemporaryDirectory(prefix="ssod-int8-") as folder:
+        file = Path(folder) / "model.onnx"
+        onnx.save(model, file)
+        calibrator = create_calibrator(
+            file,
+            _LAYERS,
+            str(Path(folder) / "augmented.onnx"),
+            CalibrationMethod.Percentile,
+            extra_options={"percentile": _COVERED},
+        )
+        seen = False
+        for batch in batches:
+            calibrator.collect_data(_Once(batch))
+            seen = True
+        if not seen:
+            raise UserError(
+                "int8 is calibrated on images and there is none: give data= with images in its train split."
+            )
+        return calibrator.compute_data()
+
+
+class _Once:
+    """What onnxruntime calls a reader, of a single batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch: Batch | None = batch
+
+    def get_next(self) -> Batch | None:
+        batch, self.batch = self.batch, None
+        return batch

@@ -1,0 +1,189 @@
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from ssod.errors import UserError
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from ssod.deploy.quantize import quantize  # noqa: E402
+
+CARD = {"format": 1, "names": ["Zelle", "größer"], "precision": "fp32"}
+SIZE = 32
+
+
+def weights(*shape):
+    rng = np.random.default_rng(shape[0])
+    return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+
+@pytest.fixture
+def fp32(tmp_path):
+    """A convolution with a bias, one whose weights are a product, as a frozen norm leaves them, and a matrix."""
+    constants = {
+        "w1": weights(32, 3, 3, 3),
+        "b1": weights(32),
+        "w2": weights(64, 32, 3, 3),
+        "m": weights(SIZE, 8),
+        "scale": np.full((64, 1, 1, 1), 2.0, np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], "first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("Mul", ["w2", "scale"], ["w"], "fold"),
+        helper.make_node("Conv", ["b", "w"], ["c"], "second", pads=[1, 1, 1, 1]),
+        helper.make_node("MatMul", ["c", "m"], ["y"], "matrix"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("B", 3, SIZE, SIZE))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("B", 64, SIZE, 8))],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10, producer_name="ssod")
+    model.metadata_props.add(key="ssod", value=json.dumps(CARD))
+    path = tmp_path / "in" / "m.onnx"
+    path.parent.mkdir()
+    onnx.save(model, path)
+    return path
+
+
+def batches(count=3):
+    rng = np.random.default_rng(7)
+    for _ in range(count):
+        yield {"x": rng.random((2, 3, SIZE, SIZE), np.float32)}
+
+
+def run(path, x):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+@pytest.fixture(params=["onnx", "tensorrt"])
+def int8(request, fp32, tmp_path):
+    out = tmp_path / f"{request.param}.onnx"
+    quantize(fp32, out, batches(), request.param)
+    return request.param, out
+
+
+def test_result_is_close_small_and_valid(int8, fp32):
+    _, out = int8
+    onnx.checker.check_model(str(out), full_check=True)
+    x = np.random.default_rng(9).random((1, 3, SIZE, SIZE), np.float32)
+    wanted, got = run(fp32, x), run(out, x)
+    assert 1e-6 < np.abs(got - wanted).mean() < 0.02 * np.abs(wanted).mean()
+    assert out.stat().st_size < 0.45 * fp32.stat().st_size
+
+
+def test_convolutions_are_quantised_per_channel_and_nothing_else(int8):
+    _, out = int8
+    graph = onnx.load(out).graph
+    made_by = {o: n for n in graph.node for o in n.output}
+    constants = {t.name: t for t in graph.initializer}
+    convs = [n for n in graph.node if n.op_type == "Conv"]
+    assert len(convs) == 2
+    for conv in convs:
+        activation, weight = (made_by[name] for name in conv.input[:2])
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        stored, scale = constants[weight.input[0]], constants[weight.input[1]]
+        assert stored.data_type == TensorProto.INT8
+        assert list(scale.dims) == [stored.dims[0]]
+    matrix = next(n for n in graph.node if n.op_type == "MatMul")
+    assert constants[matrix.input[1]].data_type == TensorProto.FLOAT
+
+
+def test_types_are_those_the_target_wants(int8):
+    target, out = int8
+    graph = onnx.load(out).graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    zeros = [constants[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"]
+    biases = [constants[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+    if target == "onnx":
+        assert {z.dtype for z in zeros} == {np.dtype(np.uint8)}
+    else:
+        every = [constants[n.input[2]] for n in graph.node if "QuantizeLinear" in n.op_type or "Dequant" in n.op_type]
+        assert all(z.dtype == np.int8 and not z.any() for z in every)
+        assert all(b.dtype == np.int8 for b in biases)  # weights alone: biases stay fp32
+
+
+def test_the_card_goes_over_and_no_path(int8, fp32, tmp_path):
+    _, out = int8
+    model = onnx.load(out)
+    assert {p.key: json.loads(p.value) for p in model.metadata_props} == {"ssod": CARD | {"precision": "int8"}}
+    assert model.producer_name == "ssod"
+    content = out.read_bytes()
+    for folder in (tmp_path, fp32.parent, "ssod-int8-"):
+        assert str(folder).encode() not in content
+
+
+def test_nothing_else_is_left_and_the_input_is_untouched(fp32, tmp_path, capfd):
+    before = fp32.read_bytes()
+    quantize(fp32, tmp_path / "out.onnx", batches(), "onnx")
+    assert fp32.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "m.onnx", "out.onnx"]
+    assert capfd.readouterr().out == ""
+
+
+def test_batches_are_read_one_by_one(fp32, tmp_path):
+    alive, most = 0, 0
+
+    class Values(np.ndarray):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def counted():
+        nonlocal alive, most
+        for batch in batches(6):
+            alive += 1
+            most = max(most, alive)
+            yield {"x": batch["x"].view(Values)}
+
+    quantize(fp32, tmp_path / "out.onnx", counted(), "onnx")
+    assert most <= 2
+
+
+def test_what_a_later_batch_brings_counts(fp32, tmp_path):
+    """The range is that of all batches: with a dark first one alone, bright images would be cut off."""
+    dark, bright = ({"x": np.full((1, 3, SIZE, SIZE), v, np.float32)} for v in (0.01, 1.0))
+    quantize(fp32, tmp_path / "both.onnx", [dark, bright], "onnx")
+    quantize(fp32, tmp_path / "dark.onnx", [dark], "onnx")
+    wanted = run(fp32, bright["x"])
+    error = {name: np.abs(run(tmp_path / f"{name}.onnx", bright["x"]) - wanted).mean() for name in ("both", "dark")}
+    assert error["both"] < 0.02 * np.abs(wanted).mean()
+    assert error["dark"] > 0.5 * np.abs(wanted).mean()
+
+
+def test_without_images_there_is_a_sentence_and_no_file(fp32, tmp_path):
+    with pytest.raises(UserError, match="int8 is calibrated on images"):
+        quantize(fp32, tmp_path / "out.onnx", iter(()), "onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_failure_leaves_the_file_that_was_there(fp32, tmp_path):
+    out = tmp_path / "out.onnx"
+    out.write_bytes(b"before")
+
+    def failing():
+        yield from batches(1)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        quantize(fp32, out, failing(), "onnx")
+    assert out.read_bytes() == b"before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.onnx"]
+
+
+def test_without_onnxruntime_there_is_a_sentence(fp32, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    with pytest.raises(UserError, match=r"pip install 'ssod\[export\]'"):
+        quantize(fp32, tmp_path / "out.onnx", batches(), "onnx")
