@@ -20,6 +20,7 @@ SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
     "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
     "predict": "detect objects on images",
+    "export": "write a checkpoint as ONNX, TensorRT engine, TorchScript or OpenVINO, and prove it finds the same",
     "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
     "check": "look over a data set before training, or measure a model",
     "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
@@ -37,6 +38,7 @@ Examples
   ssod train data=my.yaml labeled=10% strategy=mean_teacher epochs=100
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
+  ssod export model=runs/train/exp/weights/best.pt format=onnx data=my.yaml
   ssod split data=my.yaml out=splits percent=10 folds=5
   ssod label model=runs/train/exp/weights/best.pt source=photos/ out=labels format=coco
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
@@ -82,9 +84,16 @@ def _run(words: list[str]) -> int:
     overrides = parse_words(rest)
     if mode == "cfg":
         return _cfg(overrides)
-    return {"train": _train, "val": _val, "predict": _predict, "check": _check, "split": _split, "label": _label}[mode](
-        load_config(mode, overrides)
-    )
+    run = {
+        "train": _train,
+        "val": _val,
+        "predict": _predict,
+        "export": _export,
+        "label": _label,
+        "check": _check,
+        "split": _split,
+    }[mode]
+    return run(load_config(mode, overrides))
 
 
 def _mode(words: list[str]) -> tuple[str, list[str]]:
@@ -105,7 +114,7 @@ def _mode(words: list[str]) -> tuple[str, list[str]]:
 
 
 def help_text(mode: str | None = None) -> str:
-    if mode is None or mode not in ("train", "val", "predict", "check", "split", "label"):
+    if mode is None or mode in ("cfg", "help", "version") or mode not in SUMMARY:
         if mode is not None and mode not in SUMMARY:
             raise UserError(f"'{mode}' is not a mode.{did_you_mean(mode, SUMMARY)} Modes: {', '.join(SUMMARY)}.")
         width = max(map(len, SUMMARY)) + 2
@@ -266,6 +275,14 @@ def _predict(config: Any) -> int:
     told = ", ".join(f"{key} {ms:.1f}" for key, ms in parts.items())
     print(f"{boxes} objects on {len(results)} images, {sum(parts.values()):.0f} ms an image ({told})")
     print(f"run folder {folder}")
+    return 0
+
+
+def _export(config: Any) -> int:
+    from ssod.engine.export import export
+
+    made = export(config)
+    print(f"next: ssod predict model={made.path} source=FOLDER")
     return 0
 
 

@@ -16,7 +16,7 @@ BELOW: dict[str, set[str]] = {
     "dist": set(),
     "recipe": set(),
     "sections": {"errors"},
-    "modes": {"sections"},
+    "modes": {"sections", "errors"},
     "config": {"modes", "sections", "errors", "recipe"},
     "checkpoint": {"errors"},
     "ops": {"structures", "errors"},

@@ -117,7 +117,9 @@ def _run(model: ArrayModel, group: list[_Waiting]) -> Iterator[Found]:
     for row, item in enumerate(group):
         start = time.perf_counter()
         n = int(num_dets[row, 0])
-        found = Boxes(to_source(boxes[row, :n], item.prepared), scores[row, :n], labels[row, :n], item.prepared.shape)
+        own = to_source(boxes[row, :n], item.prepared)
+        keep = (own[:, 2:] > own[:, :2]).all(axis=1)  # a model without `sizes` may find something in the padding
+        found = Boxes(own[keep], scores[row, :n][keep], labels[row, :n][keep], item.prepared.shape)
         after = (time.perf_counter() - start) * 1000
         yield Found(item.number, found, {"preprocess": item.ms, "inference": inference, "postprocess": after})
 

@@ -58,9 +58,11 @@ class Exported(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             num_dets, boxes, scores, labels = self.call(canvas, needed)
         found = []
-        for row, count in enumerate(num_dets.flatten().tolist()):
-            one = Instances(boxes[row, :count], labels[row, :count].long(), scores=scores[row, :count])
-            found.append(one[scores[row, :count] >= wanted.conf][: wanted.max_det])
+        for row, (count, (h, w)) in enumerate(zip(num_dets.flatten().tolist(), sizes.tolist(), strict=True)):
+            own = torch.minimum(boxes[row, :count].clamp(min=0), boxes.new_tensor([w, h, w, h]))
+            one = Instances(own, labels[row, :count].long(), scores=scores[row, :count])
+            inside = (own[:, 2:] > own[:, :2]).all(1)  # a model without `sizes` may find something in the padding
+            found.append(one[inside & (scores[row, :count] >= wanted.conf)][: wanted.max_det])
         return found
 
     def _canvas(self, images: Tensor, sizes: Tensor) -> Tensor:

@@ -15,6 +15,25 @@ from ssod.errors import UserError
 SIDECAR = "ssod.json"  # the card, beside the .xml in its folder
 
 
+def write_openvino(onnx: Path, folder: Path, card: Card) -> None:
+    """An ONNX file as a folder: model.xml, model.bin and the card. Weights are fp16 where the card says so.
+
+    Raises UserError without openvino.
+    """
+    openvino = _package()
+    folder.mkdir()
+    model = openvino.Core().read_model(onnx)
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=card.precision == "fp16")
+    (folder / SIDECAR).write_text(card.dumps(), encoding="utf-8")
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise UserError(f"OpenVINO models need openvino: pip install openvino ({error}).") from None
+
+
 class OpenVinoModel(ArrayModel):
     """A folder NAME_openvino that `ssod export` wrote (an .xml, a .bin and ssod.json), or the .xml in it.
 
@@ -29,10 +48,7 @@ class OpenVinoModel(ArrayModel):
             raise UserError(
                 f"device={device}: OpenVINO models run on the CPU. Leave out device=, or use an .onnx file."
             )
-        try:
-            openvino = importlib.import_module("openvino")
-        except ImportError as error:
-            raise UserError(f"an OpenVINO model needs openvino: pip install openvino ({error}).") from None
+        openvino = _package()
         xml = _xml_of(self.path)
         sidecar = xml.with_name(SIDECAR)
         self.card = Card.loads(sidecar.read_text(encoding="utf-8") if sidecar.is_file() else None, self.path)

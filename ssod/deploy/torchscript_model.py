@@ -1,4 +1,4 @@
-"""An exported TorchScript file: tensors in, tensors out."""
+"""TorchScript: written by a trace of the graph of pure tensor operations, run as tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ import torch
 from torch import Tensor
 
 from ssod.deploy.contract import Card
+from ssod.deploy.graph import Graph
+from ssod.detectors.base import Detector
 from ssod.errors import UserError
+from ssod.ops.forms import graph_for
 
 EXTRA = "ssod.json"  # the card, among the file's extra files
+
+
+def write_torchscript(detector: Detector, path: Path, card: Card) -> None:
+    """A detector as TorchScript, traced at its fixed size for any batch, with the card inside."""
+    assert card.size is not None
+    graph = Graph(detector, card.conf, card.iou, card.max_det).eval()
+    images = torch.rand(2, 3, *card.size)
+    sizes = (torch.tensor([card.size] * 2, dtype=torch.int32),) if "sizes" in card.inputs else ()
+    with torch.no_grad(), graph_for("tensorrt"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FutureWarning of torch, and of sizes that the trace holds fast, as it should
+        script = torch.jit.trace(graph, (images, *sizes), check_trace=False)
+    torch.jit.save(script, str(path), _extra_files={EXTRA: card.dumps()})
 
 
 class TorchScriptModel:

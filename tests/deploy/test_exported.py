@@ -64,6 +64,23 @@ def test_both_loops_of_predict_agree(samples: list[Sample], tmp_path: Path) -> N
         np.testing.assert_allclose(a.boxes.conf, b.boxes.conf, atol=1e-6)
 
 
+def test_what_lies_in_the_padding_is_no_detection(tmp_path: Path) -> None:
+    """A model without `sizes` does not know where the image ends."""
+    about = card(inputs=("images",))
+
+    def call(images: torch.Tensor, sizes: torch.Tensor | None) -> list[torch.Tensor]:
+        assert sizes is None
+        boxes = torch.tensor([[[0.0, 0, 20, 25], [10, 10, 40, 64], [0, 41, 20, 60]]])
+        return [torch.tensor([[3]]), boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 1, 1]])]
+
+    (found,) = Exported(about, tmp_path, call)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[40, 30]]))
+    assert found.boxes.tolist() == [[0, 0, 20, 25], [10, 10, 30, 40]]
+    path = write_onnx(tmp_path / "x.onnx", about, sized=False)  # a box of the whole padded image, and of 1/4 .. 3/4
+    for model in (path, load_model(path)):
+        (result,) = Predictor(model)(np.full((40, 96, 3), 255, np.uint8))
+        np.testing.assert_allclose(result.boxes.xyxy, [[24, 16, 48, 40], [0, 0, 96, 40]], atol=1e-4)
+
+
 def test_the_padding_holds_the_mean(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
