@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]  # {input name: values}
 _LAYERS = ["Conv"]
-# Percent of a tensor's values that the 256 steps cover; what lies beyond is clipped.
+# Percent of a tensor's values that the 256 steps cover; what lies beyond is clipped. AP of a RetinaNet on blood cells,
+# target onnx, 16 images: 33.0 in fp32; 31.8 with this, 31.0 with 99.999, 31.2 with all values, 28.5 with 99.9, 30.5 by
+# onnxruntime's entropy method. Leaving out the convolutions that give scores and codes did not help (30.9, of 31.2).
 _COVERED = 99.99
 
 
