@@ -5,11 +5,33 @@ As ssod.config, which reads YAMLs and words into these, this imports no torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from ssod.errors import did_you_mean
 from ssod.sections import Augment, Component, Data, ImageSize, Inference, RunFolder, Section
+
+FORMATS = ("onnx", "engine", "torchscript", "openvino")
+
+
+def _known_format(value: str) -> str:
+    if value not in FORMATS:
+        raise ValueError(f"format={value} is not one of {', '.join(FORMATS)}.{did_you_mean(value, FORMATS)}")
+    return value
+
+
+def _input_size(value: int | list[int] | None) -> int | list[int] | None:
+    sides = [value] if isinstance(value, int) else value
+    if sides is None:
+        return None
+    if len(sides) not in (1, 2) or min(sides) < 32:
+        raise ValueError(f"imgsz={value}: give one side of at least 32 pixels, or [height, width]")
+    if any(side % 32 for side in sides):
+        near = [max(1, round(side / 32)) * 32 for side in sides]
+        shown = near[0] if isinstance(value, int) else str(near).replace(" ", "")
+        raise ValueError(f"imgsz={value}: sides are multiples of 32, the largest stride; imgsz={shown} is near")
+    return value
 
 
 class TrainConfig(RunFolder, Inference, Data):
@@ -199,6 +221,52 @@ class SplitConfig(Data):
         return self
 
 
+class ExportConfig(Data):
+    """`ssod export`"""
+
+    model: str = Field(description="checkpoint, such as runs/train/exp/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    format: Annotated[str, AfterValidator(_known_format)] = Field(
+        "onnx", description="onnx, engine (TensorRT), torchscript or openvino"
+    )
+    out: str | None = Field(None, description="file to write; default: beside the checkpoint, named by what it is")
+    imgsz: Annotated[int | list[int] | None, AfterValidator(_input_size)] = Field(
+        None, description="input size, pixels: a side or [height, width], multiples of 32; default: as trained"
+    )
+    dynamic: bool = Field(False, description="input of any size instead of a fixed one; any batch in both cases")
+    half: bool = Field(False, description="fp16 where it is safe; inputs, outputs and decoding stay fp32")
+    int8: bool = Field(False, description="convolutions in int8, calibrated on the images of data=")
+    calibration: int = Field(200, ge=1, description="int8: images, labelled and unlabelled, that set the ranges")
+    target: Literal["auto", "onnx", "tensorrt"] = Field(
+        "auto", description="operators of the graph; format=onnx target=tensorrt: for trtexec on another machine"
+    )
+    opset: int = Field(18, ge=18, le=22, description="ONNX operator set")
+    batch: int = Field(8, ge=1, description="engine: images at once, at most")
+    workspace: float | None = Field(None, ge=2, description="engine: GiB that a layer may use; default: all there is")
+    timing_cache: str | None = Field(None, description="engine: file that keeps measured times for the next build")
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = Field("auto", description="engine: which package builds it")
+    capabilities: list[str] = Field([], description="engine: GPUs that tensorrt_rtx builds for, such as [sm86, sm89]")
+    conf: float = Field(0.05, ge=0, le=1, description="lowest score that the model keeps")
+    iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold in the model")
+    max_det: int = Field(100, ge=1, le=1000, description="detections of one image, at most")
+    split: Literal["train", "val", "test"] = Field("val", description="split of data= for the AP")
+    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
+    verbose: bool = Field(False, description="print the traceback of an error, and what TensorRT says")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExportConfig:
+        if self.half and self.int8:
+            raise ValueError("'half' and 'int8' are two precisions; give one of them")
+        if self.int8 and self.data is None:
+            raise ValueError("int8=true is calibrated on images; give data=DATA.yaml, the one it was trained with")
+        if self.format == "torchscript" and (self.half or self.int8 or self.dynamic):
+            raise ValueError(
+                "format=torchscript is float32 and of a fixed size; leave out half, int8 and dynamic, or choose "
+                "format=onnx"
+            )
+        return self
+
+
 class LabelConfig(Inference):
     """`ssod label`"""
 
@@ -228,4 +296,5 @@ MODES: dict[str, type[Section]] = {
     "check": CheckConfig,
     "label": LabelConfig,
     "split": SplitConfig,
+    "export": ExportConfig,
 }

@@ -1,6 +1,6 @@
 """A detector becomes an ONNX file: normalisation in, final boxes out, fixed output shapes, no path of this machine.
 
-The file fulfils `ssod.deploy.contract`. Training heads and teachers are no part of a detector, so none enters the graph.
+The file fulfils `ssod.deploy.contract`. Training heads and teachers are no part of a detector: none enters the graph.
 """
 
 from __future__ import annotations

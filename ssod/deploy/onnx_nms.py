@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnxscript import FLOAT, INT64
-from onnxscript import opset18 as op
+from onnxscript import FLOAT, INT64, opset18
+
+op: Any = opset18  # typed, every constant would need a cast
 
 LOWEST = -3.0e38  # below every score
 EXCLUDED = -3.4e38  # of another group: not above LOWEST, so it takes no part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -20,13 +21,13 @@ EXTRA = "ssod.json"  # the card, among the file's extra files
 def write_torchscript(detector: Detector, path: Path, card: Card) -> None:
     """A detector as TorchScript, traced at its fixed size for any batch, with the card inside."""
     assert card.size is not None
-    graph = Graph(detector, card.conf, card.iou, card.max_det).eval()
+    graph = Graph(copy.deepcopy(detector).requires_grad_(False), card.conf, card.iou, card.max_det).eval()
     images = torch.rand(2, 3, *card.size)
     sizes = (torch.tensor([card.size] * 2, dtype=torch.int32),) if "sizes" in card.inputs else ()
     with torch.no_grad(), graph_for("tensorrt"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FutureWarning of torch, and of sizes that the trace holds fast, as it should
         script = torch.jit.trace(graph, (images, *sizes), check_trace=False)
-    torch.jit.save(script, str(path), _extra_files={EXTRA: card.dumps()})
+        torch.jit.save(script, str(path), _extra_files={EXTRA: card.dumps()})
 
 
 class TorchScriptModel:

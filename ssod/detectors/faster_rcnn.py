@@ -317,7 +317,8 @@ class FasterRCNN(PyramidDetector):
         return Candidates(boxes, image, labels, matched, stage, float(max(1, len(boxes))))
 
     def _region_head(self, pyramid: Pyramid, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [M, 4] and the image of each, int64 [M] -> logits [M, K + 1] and codes [M, K, D] in float32 ([M, 1, D] if class-agnostic)."""
+        """Boxes [M, 4] and the image of each, int64 [M] -> logits [M, K + 1] and codes [M, K, D] in float32
+        ([M, 1, D] if class-agnostic)."""
         maps = {s: m for s, m in pyramid.maps.items() if s in self.strides[:-1]}  # the top level serves the RPN only
         like = next(iter(maps.values()))
         pooled = roi_features(maps, boxes, image, ROI_SIZE)  # [M, C, 7, 7]

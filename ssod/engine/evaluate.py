@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssod.data.samples import Sample
+from ssod.deploy.exported import Exported
 from ssod.deploy.infer import Inference, detect
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
@@ -134,7 +135,7 @@ def _nothing_found(truth: dict[str, Any], names: list[str]) -> Metrics:
 
 
 def evaluate(
-    detector: Detector,
+    detector: Detector | Exported,
     samples: Sequence[Sample],
     names: Sequence[str],
     how: Inference,

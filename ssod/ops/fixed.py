@@ -33,7 +33,9 @@ class Detections(NamedTuple):
 
 def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` highest of each row and where they are, all where there are fewer: [B, N] -> [B, T] twice."""
-    return scores.topk(torch.sym_min(count, scores.shape[1]), dim=1)
+    there = scores.shape[1]
+    # A trace has tensors for sizes, and a fixed input; a graph has symbols, of which `min` would make constants.
+    return scores.topk(min(count, int(there)) if torch.jit.is_tracing() else torch.sym_min(count, there), dim=1)
 
 
 def fixed_detections(

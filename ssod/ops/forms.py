@@ -40,6 +40,6 @@ def in_graph() -> bool:
 
 def extent(height: int, width: int, device: torch.device) -> Tensor:
     """int64 [2] of two sizes, which in a graph may be symbols: those `torch.tensor` would take as they are now."""
-    if not in_graph():
+    if not in_graph() or torch.jit.is_tracing():
         return torch.tensor([height, width], device=device)
     return torch.stack([torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in (height, width)])

@@ -81,7 +81,7 @@ def _recipe(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) ->
     counts = batch * shapes.prod(dim=1)
     starts = counts.cumsum(0) - counts  # [L]
 
-    level = torch.searchsorted(torch.tensor(strides), roi_strides(boxes, strides))  # [M]
+    level = (roi_strides(boxes, strides).unsqueeze(1) > torch.tensor(strides)).sum(dim=1)  # [M]
     height, width = shapes[level].unbind(1)
     origin = starts[level] + image * height * width  # [M] row of the pixel (0, 0) of each region's map
     x1, y1, x2, y2 = (boxes / torch.tensor(strides)[level, None]).unbind(1)

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-
 from test_detectors import SMALL
 
 from ssod.detectors import build_detector
 from ssod.ops.forms import graph_for
-
 
 OPTIONS = [(name, {}) for name in SMALL] + [
     ("fcos", {"codec": "gaussian", "rank_by_quality": True}),
