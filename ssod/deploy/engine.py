@@ -70,7 +70,7 @@ def build_engine(
     builder = _builder(trt, log)
     network, _parser = _parse(trt, log, builder, onnx_path, card)
     config = builder.create_builder_config()
-    _configure(trt, log, config, workspace, names, timing_cache)
+    _configure(trt, log, config, card.precision, workspace, names, timing_cache)
     _allow(trt, config, network, card.precision)
     inputs = {t.name: tuple(t.shape) for t in map(network.get_input, range(network.num_inputs))}
     profile = profile_shapes(inputs, card, batch, size)
@@ -221,10 +221,18 @@ def _way_out(card: Card) -> str:
 
 
 def _configure(
-    trt: Any, log: Any, config: Any, workspace: float | None, capabilities: Sequence[str], timing_cache: Path | None
+    trt: Any,
+    log: Any,
+    config: Any,
+    precision: str,
+    workspace: float | None,
+    capabilities: Sequence[str],
+    timing_cache: Path | None,
 ) -> None:
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace * 2**30))
+    if precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, ten bits of mantissa: not what fp32 says
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):

@@ -50,8 +50,7 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
     check_installed()
     import onnx
 
-    program = _traced(detector, card)
-    model = program.model_proto
+    model = folded(_traced(detector, card).model_proto)
     for node in _nodes(model.graph):
         del node.metadata_props[:]  # stack traces, with the paths of this machine
         node.doc_string = ""
@@ -59,6 +58,14 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
         raise AssertionError(f"function {function.name} was not inlined")
     stamp(model, card)
     write_atomic(path, lambda temporary: onnx.save(model, temporary))
+
+
+def folded(model: Any) -> Any:
+    """Products of weights as numbers: the exporter leaves large ones, such as those with the scale of a frozen norm,
+    and neither half precision nor int8 would know them for weights."""
+    from onnxscript import optimizer
+
+    return optimizer.optimize(model, input_size_limit=1 << 31)  # what grows by it is left alone all the same
 
 
 def check_installed() -> None:

@@ -39,7 +39,8 @@ def to_half(model: ModelProto) -> ModelProto:
 
     Inputs, outputs, metadata and the nodes of subgraphs are as they were; shapes of inner tensors are left out.
     """
-    half = folded(model)
+    half = ModelProto()
+    half.CopyFrom(model)
     _constants_to_initializers(half.graph)
     walk = _Walk(half)
     nodes = walk.run()
@@ -51,15 +52,6 @@ def to_half(model: ModelProto) -> ModelProto:
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return half
-
-
-def folded(model: ModelProto) -> ModelProto:
-    """A copy in which weights are numbers: the exporter leaves large products, as with the scale of a frozen norm."""
-    from onnxscript import optimizer
-
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return optimizer.optimize(copy, input_size_limit=1 << 31)  # what grows by it is left alone all the same
 
 
 class _Walk:

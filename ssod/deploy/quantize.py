@@ -20,7 +20,6 @@ import numpy as np
 
 from ssod.deploy.contract import KEY
 from ssod.deploy.graph import check_installed, write_atomic
-from ssod.deploy.half_graph import folded
 from ssod.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def quantize(onnx_in: Path, onnx_out: Path, batches: Iterable[Batch], target: Li
     import onnx
     from onnxruntime.quantization import QDQQuantizer, QuantType  # type: ignore[import-untyped]
 
-    model = folded(onnx.load(onnx_in))
+    model = onnx.load(onnx_in)
     metadata = {p.key: p.value for p in model.metadata_props}
     signed = target == "tensorrt"
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress, tensor by tensor

@@ -23,6 +23,7 @@ from ssod.data.sizes import Fit
 from ssod.deploy.asked import asked
 from ssod.deploy.compare import GATES, Difference
 from ssod.deploy.contract import Card, Outputs
+from ssod.deploy.engine_sidecar import Sidecar
 from ssod.deploy.exported import Exported, Loaded, load_model
 from ssod.deploy.graph import check_installed, export_onnx
 from ssod.deploy.predictor import load_detector
@@ -64,6 +65,9 @@ def export(config: ExportConfig, say: Say = print) -> Made:
     out = _out(config, model, card)
     data = _data(config, card)
     samples = list(data.samples) if data else []
+    trained = _long(content["imgsz"])
+    if card.size is not None and max(card.size) > trained + MULTIPLE:
+        say(f"NOTE: it was trained on images of {trained} pixels; at {card.size[0]} x {card.size[1]} it may find less.")
     say(f"{model}: the {card.weights} of {card.detector} on {card.backbone}, {len(card.names)} classes")
     with tempfile.TemporaryDirectory(prefix=".ssod-export-", dir=out.parent) as folder:
         start = time.monotonic()
@@ -236,12 +240,18 @@ def _converted(
             capabilities=config.capabilities,
             verbose=config.verbose,
         )
-        say(f"built by {sidecar.flavour} {sidecar.version} for {', '.join(sidecar.capabilities) or 'this GPU'}")
+        say(f"built by {sidecar.flavour} {sidecar.version} for {_gpus(sidecar)}")
         if torch.cuda.is_available():
             _compared(detector, card, _runs(to, "cuda"), samples, "TensorRT", say)
         else:
             say("the engine was not run: this machine has no GPU. Its ONNX graph was compared above.")
     return to
+
+
+def _gpus(sidecar: Sidecar) -> str:
+    if not sidecar.capabilities:  # its documented default
+        return "GPUs from Ampere (sm80) on"
+    return f"GPUs of {', '.join(sidecar.capabilities)}"
 
 
 def _engine_sizes(card: Card) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

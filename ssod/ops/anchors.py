@@ -40,7 +40,7 @@ class AnchorGrid:
         for stride, (height, width) in shapes.items():
             count = height * width * self.per_cell
             spans[stride] = slice(start, start + count)
-            start += count
+            start = start + count  # not +=: in a trace it is a tensor, which the slice before holds
 
         if in_graph():
             return self._levels(shapes, device, frame), spans

@@ -12,6 +12,7 @@ pytest.importorskip("onnxscript")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from ssod.deploy.graph import folded  # noqa: E402
 from ssod.deploy.quantize import quantize  # noqa: E402
 
 CARD = {"format": 1, "names": ["Zelle", "größer"], "precision": "fp32"}
@@ -51,7 +52,7 @@ def fp32(tmp_path):
     model.metadata_props.add(key="ssod", value=json.dumps(CARD))
     path = tmp_path / "in" / "m.onnx"
     path.parent.mkdir()
-    onnx.save(model, path)
+    onnx.save(folded(model), path)
     return path
 
 
