@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.errors import UserError, did_you_mean
-from ssod.ops.forms import graph_target, in_graph
+from ssod.ops.forms import extent, graph_target, in_graph
 
 Shapes = Sequence[tuple[int, int]]
 _forced: ContextVar[str | None] = ContextVar("attention_form", default=None)
@@ -97,24 +97,27 @@ def _plain(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) ->
 
 def _gather(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     batch, cells, heads, dim = value.shape
-    queries = locations.shape[1]
     work = torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(work), weights.to(work)
-    rows = value.to(work).transpose(1, 2).reshape(batch * heads * cells, dim)
-    start = torch.arange(batch * heads, device=value.device).view(batch, 1, heads, 1) * cells  # first row of each map
-    total = torch.zeros(batch, queries, heads, dim, dtype=work, device=value.device)
-    for level, (h, w) in enumerate(shapes):
-        x = locations[:, :, :, level, :, 0] * w - 0.5  # [B, Q, M, T]
-        y = locations[:, :, :, level, :, 1] * h - 0.5
-        left, top = x.floor(), y.floor()
-        for row, of_row in ((top, top + 1 - y), (top + 1, y - top)):
-            for column, of_column in ((left, left + 1 - x), (left + 1, x - left)):
-                inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-                weight = (weights[:, :, :, level] * of_row * of_column).where(inside, 0.0)
-                cell = (row * w + column).long().clamp(0, h * w - 1)
-                picked = rows.index_select(0, (start + cell).flatten()).view(*cell.shape, dim)  # [B, Q, M, T, D]
-                total = total + (picked * weight.unsqueeze(-1)).sum(-2)
-        start = start + h * w
+    rows = value.to(work).transpose(1, 2).reshape(-1, dim)  # [B * M * S, D]
+    # All levels at once: a graph of a node a level, corner and step would have thousands.
+    size = torch.stack([extent(w, h, value.device) for h, w in shapes])  # [L, 2]
+    counts = size.prod(dim=1)
+    maps = torch.arange(batch * heads, device=value.device).view(batch, 1, heads, 1, 1) * cells
+    start = maps + (counts.cumsum(0) - counts).unsqueeze(1)  # [B, 1, M, L, 1] first row of each map
+    last = counts.unsqueeze(1) - 1
+
+    width, height = size.to(work).unsqueeze(2).unbind(1)  # [L, 1] each
+    x, y = (locations * size.to(work).unsqueeze(1) - 0.5).unbind(-1)  # [B, Q, M, L, T] each
+    left, top = x.floor(), y.floor()
+    total = torch.zeros_like(value[:, :1], dtype=work)  # [B, 1, M, D]
+    for row, of_row in ((top, top + 1 - y), (top + 1, y - top)):
+        for column, of_column in ((left, left + 1 - x), (left + 1, x - left)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = (weights * of_row * of_column).where(inside, 0.0)
+            cell = (row * width + column).long().clamp(min=0).minimum(last)
+            picked = rows.index_select(0, (start + cell).flatten()).view(*cell.shape, dim)  # [B, Q, M, L, T, D]
+            total = total + (picked * weight.unsqueeze(-1)).flatten(3, 4).sum(3)
     return total.flatten(2).to(value.dtype)
 
 
