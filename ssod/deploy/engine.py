@@ -17,7 +17,6 @@ from typing import Any
 
 from ssod.deploy.contract import OUTPUTS, Card, ForeignModel
 from ssod.deploy.engine_sidecar import Profile, Shape, Sidecar, sidecar_path
-from ssod.deploy.label_plan import replacing
 from ssod.deploy.trt import (
     INSTALL,
     RTX,
@@ -31,6 +30,7 @@ from ssod.deploy.trt import (
     readable,
 )
 from ssod.errors import UserError
+from ssod.files import replacing
 
 Size = tuple[int, int]
 _LEAST_WORKSPACE = 2.0  # GiB; with less, some layers at large sizes and batches find no room, and the build fails

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ssod.deploy.contract import KEY, OUTPUTS, Card
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
+from ssod.files import replacing
 from ssod.ops.fixed import Detections
 from ssod.ops.forms import Target, graph_for
 
@@ -57,7 +57,8 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
     for function in model.functions:
         raise AssertionError(f"function {function.name} was not inlined")
     stamp(model, card)
-    write_atomic(path, lambda temporary: onnx.save(model, temporary))
+    with replacing(path) as file:
+        onnx.save(model, file)
 
 
 def folded(model: Any) -> Any:
@@ -83,16 +84,6 @@ def stamp(model: Any, card: Card) -> None:
     model.metadata_props.add(key=KEY, value=card.dumps())
     model.doc_string = ""
     model.producer_name, model.producer_version = "ssod", card.versions["ssod"]
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Call write(temporary path) and rename: `path` is the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _traced(detector: Detector, card: Card) -> Any:

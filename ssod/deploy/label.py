@@ -1,4 +1,4 @@
-"""`ssod label`: pseudo labels of a checkpoint for any number of images, in files that other programs read.
+"""`ssod label`: pseudo labels of a model for any number of images, in files that other programs read.
 
 Images are labelled in parts, each written whole or not at all. Started again, a run goes on with the parts that are
 missing; under torchrun every rank takes its share of them. When all are there, rank 0 writes them out one after the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,15 +24,17 @@ from tqdm import tqdm
 from ssod import dist
 from ssod.data.image import ImageError, image_size
 from ssod.data.samples import Sample
-from ssod.data.views.geometry import Size
+from ssod.deploy.asked import Asked, asked
+from ssod.deploy.exported import Exported, Loaded, load_model
+from ssod.deploy.formats import kind_of
 from ssod.deploy.infer import Inference, detect, pick_device
-from ssod.deploy.label_plan import Plan, make_plan, read_plan, replacing
+from ssod.deploy.label_plan import Plan, make_plan, read_plan
 from ssod.deploy.label_writers import WRITERS, Counts
-from ssod.deploy.predictor import load_detector
+from ssod.deploy.onnx_model import device_of_rank
 from ssod.detectors.base import Detector
 from ssod.errors import Fault, UserError, did_you_mean
+from ssod.files import replacing
 from ssod.modes import LabelConfig
-from ssod.nn.precision import amp_dtype, lay_out
 from ssod.structures import Instances
 
 _POLL = 0.5  # seconds between looks for what another rank does
@@ -59,15 +62,17 @@ class Labeled:
 def label(config: LabelConfig) -> Labeled | None:
     """Label all images of `config.source` into `config.out`; None on ranks other than the first.
 
-    Raises UserError for a source without images, unknown classes, and a folder that holds labels of other settings.
+    Raises UserError for a source without images, unknown classes, a folder that holds labels of other settings, and
+    for what an exported model cannot give.
     """
-    device = dist.init(pick_device(config.device))
+    device = _join(config)
     try:
-        detector, content = load_detector(config.model, config.weights)
-        names = content["names"]
-        _refuse_broken(detector, config.model)
-        thresholds = class_thresholds(config.conf, names)
-        settings = _settings(config, names, thresholds, config.imgsz or content["imgsz"])
+        model = load_model(config.model, config.weights, device)
+        names = model.names
+        _refuse_broken(model.detector, config.model)
+        thresholds, wanted = _wanted(config, model)
+        how = model.how(wanted, config.imgsz, config.batch, config.workers)
+        settings = _settings(config, names, thresholds, how)
         out = Path(config.out)
         done = _done(out, settings)
         if done is not None:
@@ -75,12 +80,7 @@ def label(config: LabelConfig) -> Labeled | None:
         plan = _plan(config, out, settings)
         if plan is None:
             return None
-        dtype = amp_dtype("auto", device, detector) if device.type == "cuda" else None
-        lay_out(detector.to(device), dtype)
-        how = Inference(
-            settings["imgsz"], device, dtype, config.batch, config.workers, min(thresholds), config.iou, config.max_det
-        )
-        _label_parts(detector, plan, how, thresholds)
+        _label_parts(model.detector, plan, how, thresholds)
         if not dist.is_main():
             return None
         _wait_for_others(plan)
@@ -89,7 +89,34 @@ def label(config: LabelConfig) -> Labeled | None:
         dist.close()
 
 
-def _refuse_broken(detector: Detector, path: str) -> None:
+def _join(config: LabelConfig) -> str | int:
+    """Join the other ranks, if there are any, and say where this one's model runs.
+
+    Formats that PyTorch does not run have devices of their own, which say nothing about how the ranks meet.
+    """
+    kind = kind_of(config.model)
+    if kind not in ("onnx", "openvino"):
+        return str(dist.init(pick_device(config.device)))
+    dist.init(torch.device("cpu"))
+    if kind == "onnx" and dist.world() > 1:
+        return device_of_rank(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    return config.device
+
+
+def _wanted(config: LabelConfig, model: Loaded) -> tuple[list[float], Asked]:
+    """The lowest score of each class, and what the model is asked for: an exported one has its own NMS and limits.
+
+    Raises UserError for thresholds that are fixed otherwise in an exported model.
+    """
+    given = {k: getattr(config, k) if k in config.model_fields_set else None for k in ("iou", "max_det")}
+    thresholds = class_thresholds(config.conf, model.names)
+    lowest = min(thresholds)
+    conf = lowest if "conf" in config.model_fields_set else None
+    wanted = asked(model.card, model.path, conf, **given, default_conf=lowest)
+    return [max(t, wanted.conf) for t in thresholds], wanted
+
+
+def _refuse_broken(detector: Detector | Exported, path: str) -> None:
     """A network that is not finite finds nothing anywhere, and every image would be written as background."""
     for name, tensor in detector.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -113,23 +140,32 @@ def class_thresholds(conf: float | Mapping[str, float], names: Sequence[str]) ->
     return [float(conf[name] if name in conf else conf["default"]) for name in names]
 
 
-def _settings(config: LabelConfig, names: list[str], thresholds: list[float], imgsz: Size) -> dict[str, Any]:
+def _settings(config: LabelConfig, names: list[str], thresholds: list[float], how: Inference) -> dict[str, Any]:
     """Everything that decides what the output holds; no time and no path of this machine but the source's."""
-    with open(config.model, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
     return {
         "model": Path(config.model).name,
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": _digest(Path(config.model)),
         "weights": config.weights,
         "source": config.source,
         "format": config.format,
         "conf": dict(zip(names, thresholds, strict=True)),
-        "iou": config.iou,
-        "max_det": config.max_det,
-        "imgsz": imgsz,
+        "iou": how.iou,
+        "max_det": how.max_det,
+        "imgsz": how.imgsz,
         "scores": config.scores,
         "save_interval": config.save_interval,
     }
+
+
+def _digest(model: Path) -> str:
+    """SHA-256 of a model's file; of an OpenVINO model of all files of its folder, one after the other."""
+    folder = model if model.is_dir() else model.parent if model.suffix == ".xml" else None
+    digest = hashlib.sha256()
+    for path in [model] if folder is None else sorted(p for p in folder.iterdir() if p.is_file()):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _done(out: Path, settings: dict[str, Any]) -> Labeled | None:
@@ -168,7 +204,7 @@ def _refuse_other(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
             )
 
 
-def _label_parts(detector: Detector, plan: Plan, how: Inference, thresholds: list[float]) -> None:
+def _label_parts(detector: Detector | Exported, plan: Plan, how: Inference, thresholds: list[float]) -> None:
     """Label this rank's share of the missing parts: those whose number, divided by the ranks, leaves its own."""
     missing = plan.missing()
     own = [part for part in missing if part % dist.world() == dist.rank()]
@@ -185,7 +221,7 @@ def _label_parts(detector: Detector, plan: Plan, how: Inference, thresholds: lis
 
 
 def label_images(
-    detector: Detector, base: Path, files: Sequence[str], how: Inference, thresholds: Sequence[float]
+    detector: Detector | Exported, base: Path, files: Sequence[str], how: Inference, thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
     """A row for each file below `base`: {"file", "width", "height", "objects": [[label, x1, y1, x2, y2, score,
     quality or None], ...]} in source pixels, best first, or {"file", "error"} for one that cannot be read."""

@@ -12,10 +12,9 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from ssod.data.annotations.sources import SPLITS, find_parts, read_data_yaml
 from ssod.data.annotations.yolo import images_of
 from ssod.data.samples import Inspector
 from ssod.errors import UserError
+from ssod.files import replacing
 
 _OF_YAML = re.compile(rf"(.+\.ya?ml)(?::({'|'.join(SPLITS)}))?")
 
@@ -167,18 +167,3 @@ def _refuse_twins(file: Path, keys: array[int], by_stem: bool) -> None:
                 )
             if key in twice:
                 seen[key] = name
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete and safe on the disk."""
-    own = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(own, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(own, path)
-    except BaseException:
-        own.unlink(missing_ok=True)
-        raise

@@ -19,8 +19,9 @@ from xml.sax.saxutils import escape
 
 import yaml
 
-from ssod.deploy.label_plan import Plan, replacing
+from ssod.deploy.label_plan import Plan
 from ssod.errors import UserError
+from ssod.files import replacing
 
 Row = dict[str, Any]
 

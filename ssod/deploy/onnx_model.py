@@ -77,6 +77,14 @@ def parse_device(device: str | int) -> tuple[str | None, int]:
     return _KINDS[kind], int(number or 0)
 
 
+def device_of_rank(device: str | int, rank: int) -> str | int:
+    """The device of one process of several on a machine: of "auto" and "cuda" each takes the GPU of its own number,
+    where this onnxruntime knows GPUs. Any other device is that of all."""
+    if device == "cuda" or (device == "auto" and CUDA in _onnxruntime().get_available_providers()):
+        return f"cuda:{rank}"
+    return device
+
+
 def _session(ort: ModuleType, path: Path, hoped: str, number: int, available: Sequence[str]) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads()

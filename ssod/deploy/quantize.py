@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ssod.deploy.contract import KEY
-from ssod.deploy.graph import check_installed, write_atomic
+from ssod.deploy.graph import check_installed
 from ssod.errors import UserError
+from ssod.files import replacing
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -70,7 +71,8 @@ def quantize(onnx_in: Path, onnx_out: Path, batches: Iterable[Batch], target: Li
     for node in made.graph.node:
         del node.metadata_props[:]
     onnx.checker.check_model(made, full_check=True)
-    write_atomic(onnx_out, lambda temporary: onnx.save(made, temporary))
+    with replacing(onnx_out) as file:
+        onnx.save(made, file)
 
 
 def _ranges(model: ModelProto, batches: Iterable[Batch]) -> Any:

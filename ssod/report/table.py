@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
+
+from ssod.files import replacing
 
 
 class Table:
@@ -40,9 +41,8 @@ class Table:
         writer = csv.DictWriter(buffer, self.columns, restval="")
         writer.writeheader()
         writer.writerows(self.rows)
-        temporary = self.path.with_name(f".{self.path.name}.partial")
-        temporary.write_text(buffer.getvalue(), newline="")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as file:
+            file.write(buffer.getvalue().encode())
 
     def series(self, column: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one column."""
