@@ -21,6 +21,7 @@ SUMMARY = {
     "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
     "predict": "detect objects on images",
     "export": "write a checkpoint as ONNX, TensorRT engine, TorchScript or OpenVINO, and prove it finds the same",
+    "benchmark": "size, AP and speed of a model in each of its formats, on this machine",
     "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
     "check": "look over a data set before training, or measure a model",
     "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
@@ -39,6 +40,7 @@ Examples
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
   ssod export model=runs/train/exp/weights/best.pt format=onnx data=my.yaml
+  ssod benchmark model=runs/train/exp/weights/best.pt formats=[onnx,onnx-int8] data=my.yaml
   ssod split data=my.yaml out=splits percent=10 folds=5
   ssod label model=runs/train/exp/weights/best.pt source=photos/ out=labels format=coco
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
@@ -89,6 +91,7 @@ def _run(words: list[str]) -> int:
         "val": _val,
         "predict": _predict,
         "export": _export,
+        "benchmark": _benchmark,
         "label": _label,
         "check": _check,
         "split": _split,
@@ -283,6 +286,13 @@ def _export(config: Any) -> int:
 
     made = export(config)
     print(f"next: ssod predict model={made.path} source=FOLDER")
+    return 0
+
+
+def _benchmark(config: Any) -> int:
+    from ssod.engine.benchmark import benchmark
+
+    benchmark(config)
     return 0
 
 

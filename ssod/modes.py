@@ -21,6 +21,16 @@ def _known_format(value: str) -> str:
     return value
 
 
+TIMED = tuple(f"{f}{p}" for f in FORMATS for p in ("", "-fp16", "-int8") if f != "torchscript" or not p)
+
+
+def _known_timed(value: list[str]) -> list[str]:
+    for one in value:
+        if one not in TIMED:
+            raise ValueError(f"formats: {one} is not one of {', '.join(TIMED)}.{did_you_mean(one, TIMED)}")
+    return value
+
+
 def _input_size(value: int | list[int] | None) -> int | list[int] | None:
     sides = [value] if isinstance(value, int) else value
     if sides is None:
@@ -267,6 +277,37 @@ class ExportConfig(Data):
         return self
 
 
+class BenchmarkConfig(RunFolder, Inference, Data):
+    """`ssod benchmark`"""
+
+    model: str | list[str] = Field(
+        description="checkpoint or exported model, or some: [best.pt,best.onnx]; the others are held against the first"
+    )
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
+    formats: Annotated[list[str], AfterValidator(_known_timed)] = Field(
+        [], description="export the checkpoint and measure these, too, such as [onnx,onnx-int8,openvino-fp16,engine]"
+    )
+    split: Literal["train", "val", "test"] = Field("val", description="split of data= for images and AP")
+    imgsz: ImageSize | None = Field(  # type: ignore[assignment]
+        None, description="long side, pixels, or [short, long]; default: as trained"
+    )
+    batches: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        [1, 8], description="images at once; milliseconds are told of the first"
+    )
+    images: int = Field(64, ge=1, description="images that are timed, of data=, else drawn ones")
+    warmup: int = Field(8, ge=0, description="images before those that are timed, at least a batch; 0 = none")
+    workers: int = Field(0, ge=0, description="what reads images ahead; 0: the parts add up to the whole")
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> BenchmarkConfig:
+        models = [self.model] if isinstance(self.model, str) else self.model
+        if not models:
+            raise ValueError("'model' is an empty list; give model=best.pt")
+        if self.formats and sum(model.endswith(".pt") for model in models) != 1:
+            raise ValueError("'formats' are exported from a checkpoint; give one .pt file in model=")
+        return self
+
+
 class LabelConfig(Inference):
     """`ssod label`"""
 
@@ -297,4 +338,5 @@ MODES: dict[str, type[Section]] = {
     "label": LabelConfig,
     "split": SplitConfig,
     "export": ExportConfig,
+    "benchmark": BenchmarkConfig,
 }
