@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.data.batching import objects_of, parcel, stack, targets_in
@@ -15,7 +14,7 @@ from ssod.data.loader import Bad, as_is, named_failures, worker_options
 from ssod.data.reader import read_frame
 from ssod.data.samples import Sample
 from ssod.data.sizes import Fit, Size
-from ssod.data.views.geometry import from_hwc, resize_to
+from ssod.data.views.geometry import resize_to
 from ssod.data.views.operations import Frame
 from ssod.structures import View
 
@@ -30,8 +29,7 @@ class EvalLoader:
     never depends on them. The order is that of the samples within each size. Targets are the samples' boxes, crowds
     left out.
 
-    pixels  {position in `samples`: uint8 [h, w, 3] RGB} of samples that are in memory and no files
-    bad     (path, reason) of the images that could not be read so far; they are in no batch
+    bad  (path, reason) of the images that could not be read so far; they are in no batch
     Iterating raises LoaderError when a worker dies or gives nothing for `timeout` seconds.
     """
 
@@ -45,13 +43,12 @@ class EvalLoader:
         timeout: float = 120,
         pad_to: int = 32,
         frame: tuple[int, int] | None = None,
-        pixels: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         self.bad: Bad = []
         fit = Fit(imgsz, pad_to, frame)
         self._plan = _plan(samples, fit, batch)
         self._loader: DataLoader[tuple[list[View], Bad]] = DataLoader(
-            _EvalDataset(samples, fit, self._plan, pixels or {}),
+            _EvalDataset(samples, fit, self._plan),
             collate_fn=as_is,
             **worker_options(workers, pin, timeout),
         )
@@ -86,10 +83,8 @@ def _padded(fit: Fit, height: int, width: int) -> tuple[int, int]:
 class _EvalDataset(Dataset[tuple[list[View], Bad]]):
     """Item i is planned batch i: a View per padded size found, one unless a file differs from its record."""
 
-    def __init__(
-        self, samples: Sequence[Sample], fit: Fit, plan: list[list[int]], pixels: Mapping[int, np.ndarray]
-    ) -> None:
-        self.samples, self.fit, self.plan, self.pixels = samples, fit, plan, pixels
+    def __init__(self, samples: Sequence[Sample], fit: Fit, plan: list[list[int]]) -> None:
+        self.samples, self.fit, self.plan = samples, fit, plan
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -99,7 +94,7 @@ class _EvalDataset(Dataset[tuple[list[View], Bad]]):
         bad: Bad = []
         for index in self.plan[item]:
             try:
-                frame = self._frame(index)
+                frame = read_frame(self.samples[index].path)
             except ImageError as error:
                 bad.append((str(error.path), error.reason))
                 continue
@@ -107,11 +102,6 @@ class _EvalDataset(Dataset[tuple[list[View], Bad]]):
             read.append((index, frame.moved(*resize_to(frame.image, *size))))
         groups = groupby(sorted(read, key=self._size), key=self._size)
         return [parcel(self._view(list(group))) for _, group in groups], bad
-
-    def _frame(self, index: int) -> Frame:
-        if index in self.pixels:
-            return Frame(from_hwc(np.require(self.pixels[index], requirements=["C", "W"])), np.eye(3))
-        return read_frame(self.samples[index].path)
 
     def _size(self, entry: tuple[int, Frame]) -> tuple[int, int]:
         return _padded(self.fit, *entry[1].image.shape[1:])

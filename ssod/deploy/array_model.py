@@ -1,23 +1,19 @@
-"""What exported models that run on arrays have in common, and the loop over images. Needs no torch."""
+"""What exported models that run on arrays have in common, and how `predict` uses them. Needs no torch."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from ssod.data.image import ImageError
 from ssod.data.sizes import Fit
 from ssod.deploy.contract import Card, Outputs
 from ssod.deploy.prepare import Prepared, prepare, to_source
 from ssod.deploy.results import Boxes
-from ssod.deploy.sources import Picture
+from ssod.deploy.stream import Seen
 
 
 class ArrayModel:
@@ -45,83 +41,34 @@ class ArrayModel:
         return {name: have[name] for name in self.card.inputs}
 
 
-class Found(NamedTuple):
-    """What was found on the picture of that number. speed: milliseconds, see `Results`."""
+class OnArrays:
+    """Such a model as `predict` uses it: see ssod.deploy.stream.Runner.
 
-    number: int
-    boxes: Boxes
-    speed: dict[str, float]
-
-
-class _Waiting(NamedTuple):
-    number: int
-    prepared: Prepared
-    ms: float
-
-
-def find_on_arrays(
-    model: ArrayModel,
-    pictures: Sequence[Picture],
-    fit: Fit,
-    batch: int,
-    workers: int,
-    unreadable: list[tuple[str, str]],
-) -> Iterator[Found]:
-    """Everything the model finds, images of one padded size together, so that no result depends on its neighbours.
-
-    workers     threads that decode and resize ahead; 0 = none
-    unreadable  receives (path, reason) of pictures that could not be read; they yield nothing
+    fit  which size images get; batch  images at once, at most
     """
-    waiting: dict[tuple[int, ...], list[_Waiting]] = defaultdict(list)
-    for item in _ahead(model, pictures, fit, workers):
-        if isinstance(item, ImageError):
-            unreadable.append((str(item.path), item.reason))
-            continue
-        shape = item.prepared.image.shape
-        waiting[shape].append(item)
-        if len(waiting[shape]) == batch:
-            yield from _run(model, waiting.pop(shape))
-    for group in waiting.values():
-        yield from _run(model, group)
 
+    def __init__(self, model: ArrayModel, fit: Fit, batch: int) -> None:
+        self.model, self.fit, self.batch = model, fit, batch
 
-def _ahead(model: ArrayModel, pictures: Sequence[Picture], fit: Fit, workers: int) -> Iterator[_Waiting | ImageError]:
-    """Prepared pictures in their order. Decoding and resizing let other threads run, so threads are enough."""
+    def ready(self, pixels: np.ndarray) -> Prepared:
+        return prepare(pixels, self.fit, self.model.card.mean)
 
-    def read(index: int) -> _Waiting | ImageError:
+    def size(self, item: Prepared) -> Hashable:
+        return item.image.shape
+
+    def see(self, items: list[Prepared]) -> Seen:
         start = time.perf_counter()
-        try:
-            prepared = prepare(pictures[index].read(), fit, model.card.mean)
-        except ImageError as error:
-            return error
-        return _Waiting(index, prepared, (time.perf_counter() - start) * 1000)
-
-    if workers == 0 or len(pictures) == 1:
-        yield from map(read, range(len(pictures)))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = deque(pool.submit(read, index) for index in range(min(2 * workers, len(pictures))))
-        for index in range(len(pictures)):
-            item = jobs.popleft().result()
-            if index + 2 * workers < len(pictures):  # no more than this are in memory, however many there are
-                jobs.append(pool.submit(read, index + 2 * workers))
-            yield item
-
-
-def _run(model: ArrayModel, group: list[_Waiting]) -> Iterator[Found]:
-    start = time.perf_counter()
-    images = np.stack([item.prepared.image for item in group])
-    sizes = np.array([item.prepared.size for item in group], np.int32)
-    num_dets, boxes, scores, labels = model.run(images, sizes)
-    inference = (time.perf_counter() - start) * 1000 / len(group)
-    for row, item in enumerate(group):
-        start = time.perf_counter()
-        n = int(num_dets[row, 0])
-        own = to_source(boxes[row, :n], item.prepared)
-        keep = (own[:, 2:] > own[:, :2]).all(axis=1)  # a model without `sizes` may find something in the padding
-        found = Boxes(own[keep], scores[row, :n][keep], labels[row, :n][keep], item.prepared.shape)
-        after = (time.perf_counter() - start) * 1000
-        yield Found(item.number, found, {"preprocess": item.ms, "inference": inference, "postprocess": after})
+        images = np.stack([item.image for item in items])
+        sizes = np.array([item.size for item in items], np.int32)
+        num_dets, boxes, scores, labels = self.model.run(images, sizes)
+        ran = time.perf_counter()
+        found = []
+        for row, item in enumerate(items):
+            n = int(num_dets[row, 0])
+            own = to_source(boxes[row, :n], item)
+            keep = (own[:, 2:] > own[:, :2]).all(axis=1)  # a model without `sizes` may find something in the padding
+            found.append(Boxes(own[keep], scores[row, :n][keep], labels[row, :n][keep], item.shape))
+        return Seen(found, {"inference": (ran - start) * 1000, "postprocess": (time.perf_counter() - ran) * 1000})
 
 
 def threads() -> int:

@@ -1,27 +1,28 @@
-"""Run a detector over images: the one loop behind validation, labelling and `predict` with PyTorch."""
+"""Run a detector over images: behind validation, labelling, and `predict` with PyTorch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from ssod.data.batching import stack
 from ssod.data.evalset import EvalLoader
-from ssod.data.image import ImageError
 from ssod.data.samples import Sample
-from ssod.data.sizes import Size
-from ssod.deploy.array_model import Found
+from ssod.data.sizes import Fit, Size
+from ssod.data.views.geometry import from_hwc, resize_to
+from ssod.data.views.operations import Frame
 from ssod.deploy.results import Boxes
-from ssod.deploy.sources import Picture
+from ssod.deploy.stream import STAGES, Seen
 from ssod.detectors.base import Detector
 from ssod.errors import UserError, did_you_mean
 from ssod.nn.precision import autocast
 from ssod.ops.views import map_boxes
-from ssod.structures import Instances
+from ssod.structures import Instances, View
 
 if TYPE_CHECKING:
     from ssod.deploy.exported import Exported
@@ -48,14 +49,6 @@ class Inference:
     multiple: int = 32
 
 
-class Detected(NamedTuple):
-    """number: position in the samples; found: in source image pixels, on the CPU; speed: see `Results`."""
-
-    number: int
-    found: Instances
-    speed: dict[str, float]
-
-
 def detect(
     detector: Detector | Exported, samples: Sequence[Sample], how: Inference, bad: list[tuple[str, str]] | None = None
 ) -> Iterator[tuple[int, Instances]]:
@@ -64,74 +57,75 @@ def detect(
     Runs in eval mode and puts the detector's mode back. Images that cannot be read yield nothing; `bad` receives
     their (path, reason).
     """
-    for index, found, _ in detect_timed(detector, samples, how, [] if bad is None else bad):
-        yield index, found
-
-
-def detect_timed(
-    detector: Detector | Exported,
-    samples: Sequence[Sample],
-    how: Inference,
-    bad: list[tuple[str, str]],
-    pixels: Mapping[int, np.ndarray] | None = None,
-) -> Iterator[Detected]:
-    """`detect` with each image's share of its batch's milliseconds. Waiting for the loader is preprocessing.
-
-    pixels: {position: uint8 [h, w, 3] RGB} of samples that are in memory and no files.
-    """
     was_training = detector.training
     detector.eval()
     pin = how.device.type == "cuda"
-    loader = EvalLoader(
-        samples, how.imgsz, how.batch, how.workers, pin, pad_to=how.multiple, frame=how.frame, pixels=pixels
-    )
+    loader = EvalLoader(samples, how.imgsz, how.batch, how.workers, pin, pad_to=how.multiple, frame=how.frame)
     try:
-        start = time.perf_counter()
         for view in loader:
-            images, sizes = view.images.to(how.device), view.sizes.to(how.device)
-            loaded = time.perf_counter()
-            with torch.inference_mode(), autocast(how.dtype, how.device):
-                found = [f.to("cpu") for f in detector(images, sizes, conf=how.conf, iou=how.iou, max_det=how.max_det)]
-            ran = time.perf_counter()
-            mapped = [to_source(f, m, samples[i]) for f, m, i in zip(found, view.matrices, view.indices, strict=True)]
-            seconds = (loaded - start, ran - loaded, time.perf_counter() - ran)
-            parts = zip(("preprocess", "inference", "postprocess"), seconds, strict=True)
-            speed = {name: part * 1000 / len(view) for name, part in parts}
-            for index, one in zip(view.indices, mapped, strict=True):
-                yield Detected(index, one, speed)
-            start = time.perf_counter()
+            for index, found, matrix in zip(view.indices, look(detector, view, how), view.matrices, strict=True):
+                yield index, to_source(found, matrix, (samples[index].height, samples[index].width))
     finally:
         detector.train(was_training)
-        bad += loader.bad
+        if bad is not None:
+            bad += loader.bad
 
 
-def find_on_tensors(
-    detector: Detector | Exported, pictures: Sequence[Picture], how: Inference, unreadable: list[tuple[str, str]]
-) -> Iterator[Found]:
-    """What `find_on_arrays` is, for `detect`: pictures in files and in memory. `unreadable` receives (path, reason)."""
-    samples: list[Sample] = []
-    numbers: list[int] = []  # of each sample, that of its picture
-    for number, picture in enumerate(pictures):
-        try:
-            height, width = picture.shape()
-        except ImageError as error:
-            unreadable.append((str(error.path), error.reason))
-            continue
-        samples.append(Sample.unlabeled(picture.path, len(samples) + 1, width, height))
-        numbers.append(number)
-    pixels = {i: p for i, number in enumerate(numbers) if (p := pictures[number].pixels) is not None}
-    for index, found, speed in detect_timed(detector, samples, how, unreadable, pixels):
-        assert found.scores is not None
-        shape = (samples[index].height, samples[index].width)
-        boxes = Boxes(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy(), shape)
-        yield Found(numbers[index], boxes, speed)
+def look(detector: Detector | Exported, view: View, how: Inference) -> list[Instances]:
+    """Detections of each image of a batch, in pixels of the view, on the CPU."""
+    images, sizes = view.images.to(how.device), view.sizes.to(how.device)
+    with torch.inference_mode(), autocast(how.dtype, how.device):
+        return [f.to("cpu") for f in detector(images, sizes, conf=how.conf, iou=how.iou, max_det=how.max_det)]
 
 
-def to_source(found: Instances, matrix: torch.Tensor, sample: Sample) -> Instances:
-    """Detections in view pixels -> source image pixels, clipped to the image. matrix [3, 3]: source -> view."""
+class OnTensors:
+    """A detector as `predict` uses it, with the pixels of validation: see ssod.deploy.stream.Runner."""
+
+    def __init__(self, detector: Detector | Exported, how: Inference) -> None:
+        self.detector, self.how, self.batch = detector.eval(), how, how.batch
+        self._fit = Fit(how.imgsz, how.multiple, how.frame)
+
+    def ready(self, pixels: np.ndarray) -> Ready:
+        own = np.require(pixels, requirements=["C", "W"])  # torch takes no other memory
+        image, matrix = resize_to(from_hwc(own), *self._fit.resized(*own.shape[:2]))
+        return Ready(Frame(image, matrix), (own.shape[0], own.shape[1]))
+
+    def size(self, item: Ready) -> Hashable:
+        return self._fit.padded(*item.frame.image.shape[1:])
+
+    def see(self, items: list[Ready]) -> Seen:
+        start = time.perf_counter()
+        nothing = [Instances.empty()] * len(items)
+        view = stack([item.frame for item in items], nothing, list(range(len(items))), self.how.multiple)
+        stacked = time.perf_counter()
+        found = look(self.detector, view, self.how)
+        ran = time.perf_counter()
+        mapped = [to_source(f, m, item.shape) for f, m, item in zip(found, view.matrices, items, strict=True)]
+        boxes = [_boxes(own, item.shape) for own, item in zip(mapped, items, strict=True)]
+        times = (stacked - start, ran - stacked, time.perf_counter() - ran)
+        return Seen(boxes, {stage: seconds * 1000 for stage, seconds in zip(STAGES, times, strict=True)})
+
+
+class Ready(NamedTuple):
+    """frame: the resized image, with the way there; shape: (height, width) before."""
+
+    frame: Frame
+    shape: tuple[int, int]
+
+
+def _boxes(found: Instances, shape: tuple[int, int]) -> Boxes:
+    assert found.scores is not None
+    return Boxes(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy(), shape)
+
+
+def to_source(found: Instances, matrix: torch.Tensor, shape: tuple[int, int]) -> Instances:
+    """Detections in view pixels -> pixels of a source image of `shape` (height, width), clipped to it.
+
+    matrix [3, 3]: source -> view.
+    """
     boxes = map_boxes(found.boxes, torch.linalg.inv(matrix))
-    limit = boxes.new_tensor([sample.width, sample.height, sample.width, sample.height])
-    return found.with_boxes(torch.minimum(boxes.clamp(min=0), limit))
+    height, width = shape
+    return found.with_boxes(torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height])))
 
 
 def pick_device(choice: str | int) -> torch.device:

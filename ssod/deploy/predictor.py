@@ -3,6 +3,7 @@ torch either: it is imported where a checkpoint, TorchScript or an engine is loa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssod.data.sizes import Size
-from ssod.deploy.array_model import ArrayModel, Found, find_on_arrays
+from ssod.deploy.array_model import ArrayModel, OnArrays
 from ssod.deploy.asked import Asked, asked, check_weights, fit_of
 from ssod.deploy.formats import kind_of
-from ssod.deploy.results import Results
-from ssod.deploy.sources import Picture, Source, pictures
+from ssod.deploy.results import Boxes, Results
+from ssod.deploy.sources import Source, is_live, pictures
+from ssod.deploy.stream import Stream
+from ssod.deploy.tiles import Tiling
 from ssod.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ssod.deploy.exported import Loaded
+    from ssod.deploy.infer import OnTensors
     from ssod.detectors.base import Detector
 
+_HEAVY = 1 << 30  # bytes of video frames that a list of results may hold before it is told of
 _MANY = 1000  # detections kept before some classes are picked: others must not crowd out the wanted ones
 
 
@@ -75,10 +80,13 @@ class Predictor:
     device   "auto", "cpu", "cuda", "cuda:0" or 0; for .onnx also "tensorrt"
     imgsz    long side of the image, pixels; None = as trained
     conf     lowest score, None = 0.25; iou  class-wise NMS threshold, None = 0.6; max_det  most detections of an
-             image, None = 100. In an exported model they are fixed: None takes its own, conf may be higher and max_det
-             smaller than that
+             image, or of each of its tiles, None = 100. In an exported model they are fixed: None takes its own, conf
+             may be higher and max_det smaller than that
     classes  keep only these classes, names or numbers
-    batch    images at once; workers  what reads images ahead (0 = nothing)
+    batch    images at once; workers  threads that read images ahead (0 = none)
+    tile     side in pixels: what is larger is looked at in tiles of this side, which share `overlap` (0 .. 0.9) of it
+             with their neighbours, see ssod.deploy.tiles; None = every image as a whole
+    bgr      arrays are BGR, as OpenCV reads them
 
     Raises UserError for a file, device or class that does not exist, and for what an exported model cannot give.
     """
@@ -96,45 +104,69 @@ class Predictor:
         classes: Sequence[int | str] | None = None,
         batch: int = 8,
         workers: int = 0,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        bgr: bool = False,
     ) -> None:
         self.model = open_model(model, weights, device) if isinstance(model, str | Path) else model
         self.names = self.model.names
         self.asked = asked(self.model.card, self.model.path, conf, iou, max_det)
         self.classes = None if classes is None else [self._class_number(c) for c in classes]
-        self.imgsz, self.batch, self.workers = imgsz, batch, workers
+        self.imgsz, self.batch, self.workers, self.bgr = imgsz, batch, workers, bgr
+        self.tiling = None if tile is None else Tiling(tile, overlap)
         self.unreadable: list[tuple[str, str]] = []  # (path, reason) of sources skipped by the last call
 
     def __call__(self, source: Source) -> list[Results]:
-        """Detect on an image file, a folder, a text list, a glob, an array uint8 [H, W, 3] RGB, a Pillow image, or a
-        list of these; results in the order of the sources.
+        """`stream` as a list. A long video takes much memory so, which is warned of; a webcam never ends.
 
+        Raises UserError as `stream` does, and for a webcam.
+        """
+        if is_live(source):
+            raise UserError(f"source={source} is a webcam, which never ends: use stream=True and stop when you like.")
+        results: list[Results] = []
+        held = 0  # bytes
+        for result in self.stream(source):
+            before, held = held, held + (result.orig_img.nbytes if result.frame else 0)
+            if before <= _HEAVY < held:
+                told = f"the frames of {result.path} take more than {_HEAVY >> 30} GiB of memory as a list of results."
+                warnings.warn(f"{told} stream=True gives one after the other.", UserWarning, stacklevel=2)
+            results.append(result)
+        return results
+
+    def stream(self, source: Source) -> Iterator[Results]:
+        """Detect on a source (see ssod.deploy.sources.pictures): files, folders, globs, URLs, videos, webcams, arrays,
+        tensors, Pillow images or a list or iterator of them. Results come one by one in the order of the sources.
+
+        However long the source is, no more than some batches of it are in memory. Images of one size make a batch,
+        so a result may wait for `4 * batch` further images; of a webcam each image is looked at as it comes.
         Images that cannot be read are left out and listed in `unreadable`. Raises UserError when there is no image.
         """
-        given = list(pictures(source))
+        batch, workers = (1, 0) if is_live(source) else (self.batch, self.workers)
         self.unreadable = []
-        results: dict[int, Results] = {}
-        for index, boxes, speed in self._find(given):
-            keep = boxes.conf >= self.asked.conf
-            if self.classes is not None:
-                keep &= np.isin(boxes.cls, self.classes)
-            kept = boxes[keep][: self.asked.max_det]
-            results[index] = Results(kept, given[index].path, self.names, speed, given[index].pixels)
-        if not results:
+        stream = Stream(self._runner(batch), self.tiling, self._wanted, self.asked.iou, workers)
+        nothing = True
+        for found in stream.find(pictures(source, self.bgr), self.unreadable):
+            nothing = False
+            yield Results(found.boxes, found.picture.path, self.names, found.speed, found.pixels, found.picture.frame)
+        if nothing:
             first, reason = self.unreadable[0]
-            raise UserError(f"none of the {len(given)} images can be read; the first, {first}: {reason}.")
-        return [results[i] for i in sorted(results)]
+            raise UserError(f"none of the {len(self.unreadable)} images can be read; the first, {first}: {reason}.")
 
-    def _find(self, given: list[Picture]) -> Iterator[Found]:
+    def _runner(self, batch: int) -> OnArrays | OnTensors:
         if isinstance(self.model, ArrayModel):
-            fit = fit_of(self.model.card, self.model.path, self.imgsz)
-            return find_on_arrays(self.model, given, fit, self.batch, self.workers, self.unreadable)
-        from ssod.deploy.infer import find_on_tensors
+            return OnArrays(self.model, fit_of(self.model.card, self.model.path, self.imgsz), batch)
+        from ssod.deploy.infer import OnTensors
 
         wanted = self.asked
         if self.classes is not None and self.model.card is None:
             wanted = Asked(wanted.conf, wanted.iou, max(_MANY, wanted.max_det))
-        how = self.model.how(wanted, self.imgsz, self.batch, self.workers)
-        return find_on_tensors(self.model.detector, given, how, self.unreadable)
+        return OnTensors(self.model.detector, self.model.how(wanted, self.imgsz, batch, workers=0))
+
+    def _wanted(self, boxes: Boxes) -> Boxes:
+        keep = boxes.conf >= self.asked.conf
+        if self.classes is not None:
+            keep &= np.isin(boxes.cls, self.classes)
+        return boxes[keep][: self.asked.max_det]
 
     def _class_number(self, name: int | str) -> int:
         if isinstance(name, int) and 0 <= name < len(self.names):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssod.data.draw import draw_boxes
 from ssod.data.image import read_image
+from ssod.deploy.video import VideoFrame
 from ssod.errors import UserError
 
 
@@ -83,7 +84,8 @@ class Boxes:
 class Results:
     """Detections of one image and what it takes to show them.
 
-    path        the image file; of an image in memory a made-up name
+    path        the image or video file; of an image in memory a made-up name
+    frame       which frame of a video or webcam it is: number from 0, time in seconds, rate; None of other images
     names       {class number: class name}
     orig_shape  (height, width) of the image after EXIF rotation, pixels
     speed       milliseconds of this image's share of its batch: {"preprocess", "inference", "postprocess"}
@@ -93,13 +95,20 @@ class Results:
     masks = None
 
     def __init__(
-        self, boxes: Boxes, path: Path, names: Sequence[str], speed: dict[str, float], pixels: np.ndarray | None = None
+        self,
+        boxes: Boxes,
+        path: Path,
+        names: Sequence[str],
+        speed: dict[str, float],
+        pixels: np.ndarray | None = None,
+        frame: VideoFrame | None = None,
     ) -> None:
         self.boxes = boxes
         self.path = path
         self.names = dict(enumerate(names))
         self.orig_shape = boxes.orig_shape
         self.speed = speed
+        self.frame = frame
         self._pixels = pixels
 
     def __len__(self) -> int:
@@ -107,7 +116,7 @@ class Results:
 
     def __getitem__(self, index: Any) -> Results:
         """The same image with some of its boxes: a number, a slice, a mask or numbers."""
-        return Results(self.boxes[index], self.path, list(self.names.values()), self.speed, self._pixels)
+        return Results(self.boxes[index], self.path, list(self.names.values()), self.speed, self._pixels, self.frame)
 
     def __repr__(self) -> str:
         return f"Results({self.path.name}: {self.verbose()})"
