@@ -156,7 +156,7 @@ class TrainConfig(RunFolder, Inference, Data):
 class ValConfig(RunFolder, Inference, Data):
     """`ssod val`"""
 
-    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    model: str = Field(description="checkpoint, such as runs/train/exp/weights/best.pt, or an exported file")
     weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
     split: Literal["train", "val", "test"] = Field("val", description="split of the data YAML")
     imgsz: ImageSize | None = Field(  # type: ignore[assignment]
@@ -172,16 +172,23 @@ class ValConfig(RunFolder, Inference, Data):
 class PredictConfig(RunFolder, Inference):
     """`ssod predict`"""
 
-    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    model: str = Field(description="checkpoint, such as runs/train/exp/weights/best.pt, or an exported file")
     weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
-    source: str | list[str] = Field(description="image, folder, list of paths (.txt), glob, or some of these")
+    source: str | int | list[str | int] = Field(
+        description="image, folder, list of paths (.txt), glob, video, https URL of an image, or some of these; a "
+        "number: that webcam"
+    )
     imgsz: ImageSize | None = Field(  # type: ignore[assignment]
         None, description="long side, pixels, or [short, long]; default: as trained"
     )
     conf: float = Field(0.25, ge=0, le=1, description="lowest score of a detection")
     classes: list[int | str] | None = Field(None, description="keep only these classes (names or numbers)")
     batch: int = Field(8, ge=1, description="images at once")
-    save: bool = Field(True, description="write drawn images")
+    tile: int | None = Field(
+        None, ge=32, description="look at larger images in tiles of this side, pixels; default: as a whole"
+    )
+    overlap: float = Field(0.2, ge=0, le=0.9, description="share of a tile that its neighbour also sees")
+    save: bool = Field(True, description="write drawn images and videos")
     save_txt: bool = Field(False, description="write one YOLO text file an image (class x y w h score)")
     save_json: bool = Field(False, description="write predictions.json")
 
@@ -311,7 +318,7 @@ class BenchmarkConfig(RunFolder, Inference, Data):
 class LabelConfig(Inference):
     """`ssod label`"""
 
-    model: str = Field(description="checkpoint, such as runs/train/weights/best.pt")
+    model: str = Field(description="checkpoint, such as runs/train/exp/weights/best.pt, or an exported file")
     weights: Literal["auto", "student", "teacher"] = Field("auto", description="which network; auto: the better one")
     source: str | list[str] = Field(
         description="folder, image, list (.txt), glob, DATA.yaml:unlabeled, or some of these"
