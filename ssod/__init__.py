@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
+    from ssod.api import SSOD as SSOD
+    from ssod.config import load_config as load_config
+    from ssod.deploy.predictor import Predictor as Predictor
+    from ssod.deploy.results import Results as Results
+    from ssod.detectors import build_detector as build_detector
+    from ssod.engine.trainer import SemiTrainer as SemiTrainer
+    from ssod.errors import UserError as UserError
 
 # Worker threads that spin while idle starve the other process of a small machine; it must be said before
 # torch loads its OpenMP runtime. A user's own setting wins.

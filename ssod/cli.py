@@ -6,10 +6,10 @@ Exit codes: 0 done, 2 the user's mistake, 1 a fault of the program or the machin
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ssod.errors import Fault, UserError, did_you_mean
 SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
     "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
-    "predict": "detect objects on images",
+    "predict": "detect objects on images and videos",
     "export": "write a checkpoint as ONNX, TensorRT engine, TorchScript or OpenVINO, and prove it finds the same",
     "benchmark": "size, AP and speed of a model in each of its formats, on this machine",
     "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
@@ -176,69 +176,15 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 def _val(config: Any) -> int:
-    from ssod.deploy.asked import asked
-    from ssod.deploy.exported import load_model
-    from ssod.engine.evaluate import coco_metrics, coco_rows, coco_truth, detect
-    from ssod.engine.run import new_run
-    from ssod.engine.setup import load_split
-    from ssod.engine.voc_metric import voc_metrics
+    from ssod.engine.validate import validate
 
-    model = load_model(config.model, config.weights, config.device)
-    data = load_split(config.data, config.split, config.data_path, config.strict)
-    if model.names != data.names:
-        raise UserError(
-            f"the model knows the classes {', '.join(model.names)} and the data {', '.join(data.names)}. "
-            "Give data with the model's classes."
-        )
-    wanted = asked(model.card, model.path, **_thresholds(config), default_conf=config.conf)
-    how = model.how(wanted, config.imgsz, config.batch, config.workers)
-    print(data.summary())
-    if wanted.conf > config.conf:
-        print(
-            f"ssod: {model.path} gives no score below {wanted.conf:g}, so AP is lower than it would be.",
-            file=sys.stderr,
-        )
-    bad: list[tuple[str, str]] = []
-    rows = coco_rows(detect(model.detector, data.samples, how, bad))
-    for path, reason in bad:
-        print(f"ssod: {path} cannot be read ({reason}); it counts as without detections.", file=sys.stderr)
-    metrics = coco_metrics(coco_truth(data.samples, data.names), rows)
-    report: dict[str, Any] = {"figures": metrics.figures, "per_class": metrics.per_class}
-    if config.metric == "voc" or (config.metric == "auto" and data.format == "VOC"):
-        voc = voc_metrics(data.samples, data.names, rows)
-        report = {"figures": metrics.figures | voc.figures, "per_class": report["per_class"], "voc": voc.per_class}
-    folder = new_run(config.project, "val", config.name, config.exist_ok)
-    (folder / "metrics.json").write_text(json.dumps(report))
-    if config.save_json:
-        (folder / "detections.json").write_text(json.dumps(_coco_results(rows, data.samples)))
-    print("  ".join(f"{k} {v:.4f}" for k, v in report["figures"].items()))
-    for name, ap in metrics.per_class.items():
-        print(f"  {name:<20} AP {ap:.4f}" + (f"  VOC_AP50 {report['voc'][name]:.4f}" if "voc" in report else ""))
-    print(f"{metrics.images} images, {metrics.detections} detections; run folder {folder}")
+    print(validate(config).text())
     return 0
-
-
-def _thresholds(config: Any) -> dict[str, Any]:
-    """conf, iou and max_det where the user gave them, else None: an exported model has its own."""
-    return {k: getattr(config, k) if k in config.model_fields_set else None for k in ("conf", "iou", "max_det")}
-
-
-def _coco_results(rows: Any, samples: Sequence[Any]) -> list[dict[str, Any]]:
-    """Detections in COCO results format, with the image ids of the data set."""
-    return [
-        {
-            "image_id": samples[int(r[0]) - 1].image_id,
-            "file_name": samples[int(r[0]) - 1].path.name,
-            "category_id": int(r[6]),
-            "bbox": [round(v, 3) for v in r[1:5]],
-            "score": round(r[5], 5),
-        }
-        for r in rows.tolist()
-    ]
 
 
 def _predict(config: Any) -> int:
     from ssod.deploy.predictor import Predictor
+    from ssod.deploy.saver import Saver
     from ssod.engine.run import new_run
 
     predictor = Predictor(
@@ -249,36 +195,30 @@ def _predict(config: Any) -> int:
         classes=config.classes,
         batch=config.batch,
         workers=config.workers,
-        **_thresholds(config),
+        tile=config.tile,
+        overlap=config.overlap,
+        **config.given_limits(),
     )
-    results = predictor(config.source)
+    results = predictor.stream(config.source)
+    first = next(results)  # nothing is written before there is something
     folder = new_run(config.project, "predict", config.name, config.exist_ok)
-    rows = []
-    for number, result in enumerate(results):
-        stem = (
-            result.path.stem
-            if len({r.path.stem for r in results}) == len(results)
-            else f"{number:05d}_{result.path.stem}"
-        )
-        if config.save:
-            result.save(folder / f"{stem}.jpg")
-        if config.save_txt:
-            result.save_txt(folder / "labels" / f"{stem}.txt")
-        rows.append({"path": str(result.path), "boxes": result.summary()})
-        if number < 20:
-            print(f"{result.path}: {result.verbose()}")
-    if config.save_json:
-        (folder / "predictions.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    if len(results) > 20:
-        print(f"... and {len(results) - 20} more images")
+    code = 0
+    with Saver(folder, config.save, config.save_txt, config.save_json) as saver:
+        try:
+            for result in chain([first], results):
+                saver.add(result)
+                if saver.images <= 20:
+                    print(f"{result.path}: {result.verbose()}")
+        except KeyboardInterrupt:  # how a webcam is ended
+            print("ssod: interrupted; what was found so far is kept.", file=sys.stderr)
+            code = 130
+    if saver.images > 20:
+        print(f"... and {saver.images - 20} more images")
     for path, reason in predictor.unreadable:
         print(f"ssod: skipped {path}: {reason}", file=sys.stderr)
-    boxes = sum(map(len, results))
-    parts = {key: sum(r.speed[key] for r in results) / len(results) for key in results[0].speed}
-    told = ", ".join(f"{key} {ms:.1f}" for key, ms in parts.items())
-    print(f"{boxes} objects on {len(results)} images, {sum(parts.values()):.0f} ms an image ({told})")
+    print(saver.summary())
     print(f"run folder {folder}")
-    return 0
+    return code
 
 
 def _export(config: Any) -> int:

@@ -72,6 +72,10 @@ class Inference(Section):
     iou: float = Field(0.6, ge=0, le=1, description="class-wise NMS threshold")
     max_det: int = Field(100, ge=1, description="most detections of one image")
 
+    def given_limits(self) -> dict[str, Any]:
+        """conf, iou and max_det where the user gave them, else None: an exported model has its own."""
+        return {k: getattr(self, k) if k in self.model_fields_set else None for k in ("conf", "iou", "max_det")}
+
 
 class Data(Section):
     """Which images and annotations."""

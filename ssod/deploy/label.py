@@ -108,11 +108,11 @@ def _wanted(config: LabelConfig, model: Loaded) -> tuple[list[float], Asked]:
 
     Raises UserError for thresholds that are fixed otherwise in an exported model.
     """
-    given = {k: getattr(config, k) if k in config.model_fields_set else None for k in ("iou", "max_det")}
     thresholds = class_thresholds(config.conf, model.names)
-    lowest = min(thresholds)
-    conf = lowest if "conf" in config.model_fields_set else None
-    wanted = asked(model.card, model.path, conf, **given, default_conf=lowest)
+    given, lowest = config.given_limits(), min(thresholds)
+    if given["conf"] is not None:
+        given["conf"] = lowest
+    wanted = asked(model.card, model.path, **given, default_conf=lowest)
     return [max(t, wanted.conf) for t in thresholds], wanted
 
 

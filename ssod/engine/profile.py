@@ -19,7 +19,7 @@ from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.modes import CheckConfig, TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
-from ssod.structures import Instances
+from ssod.structures import Instances, Pyramid
 
 BOXES = 7  # per image, as in COCO
 STEPS = 3  # timed, after one to warm up
@@ -89,19 +89,28 @@ def profile_model(config: CheckConfig) -> ModelReport:
     step_time = _timed(step, device)
     memory = _peak(device) - before
     forward_time = _timed(forward, device) / config.batch
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pyramid = detector.features(images[:1])
-        detector.decode(detector.head(pyramid))
+    flops, pyramid = operations(detector, images[:1])
     return ModelReport(
         title,
         parts=_parts(detector),
         trained=sum(p.numel() for p in detector.parameters() if p.requires_grad),
-        flops=counter.get_total_flops(),
+        flops=flops,
         maps={stride: (m.shape[-2], m.shape[-1]) for stride, m in pyramid.maps.items()},
         forward=forward_time,
         step=step_time,
         memory=max(0, memory),
     )
+
+
+def operations(detector: Detector, images: Tensor) -> tuple[int, Pyramid]:
+    """Floating-point operations of a forward pass with decoding (convolutions and matrix products), and its maps.
+
+    images  uint8 [B, 3, H, W]
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pyramid = detector.features(images)
+        detector.decode(detector.head(pyramid))
+    return counter.get_total_flops(), pyramid
 
 
 def _detector(config: CheckConfig) -> tuple[Detector, Size]:

@@ -19,6 +19,7 @@ from ssod.data.views.device import Painter, divide
 from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
+from ssod.engine.callbacks import Callbacks
 from ssod.engine.diagnose import Starvation
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
@@ -38,10 +39,12 @@ class SemiTrainer:
     """Train a student on labelled and unlabelled images by the strategy that the config names.
 
     folder: the run folder (args.yaml, env.txt, results.csv, metrics.json, plots, weights/{last,best}.pt).
+    callbacks: the user's functions, see ssod.engine.callbacks.
     Raises UserError for anything the user can mend, before the first step where possible.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, callbacks: Callbacks | None = None) -> None:
+        self.callbacks = callbacks or Callbacks()
         folder, resumed, config = resumed_run(config)
         self.config = config
         self.step = 0  # steps done
@@ -100,7 +103,9 @@ class SemiTrainer:
         try:
             with self.signals:
                 self._loop(log)
-            return self._finish(log)
+            summary = self._finish(log)
+            self.callbacks("on_train_end", self)
+            return summary
         finally:
             log.close()
             dist.close()
@@ -113,6 +118,7 @@ class SemiTrainer:
         wrapped = dist.wrap(self.strategy, self.device)
         averages, starvation, skipped = Averages(), Starvation(self.data.unlabeled != []), 0
         every = max(1, min(50, plan.iters // 100))
+        self.callbacks("on_train_start", self)
         started = time.monotonic()
         try:
             for batches in self._batches():
@@ -131,6 +137,7 @@ class SemiTrainer:
                     )
                 log.step(self.step)
                 self.step += 1
+                self.callbacks.step_end(self)
                 if self.step % every == 0 or self.step == plan.iters:
                     values = averages.read() | {"lr": lr}
                     log.row(self.step, values | {"seconds": time.monotonic() - started})
@@ -138,6 +145,8 @@ class SemiTrainer:
                         log.say(alarm)
                 if self._is_due():
                     self._validate(log)
+                    if self.step == plan.burn_in and self.data.unlabeled:
+                        self.callbacks("on_burn_in_end", self)
                     if 0 < config.patience <= self._since_best and end == plan.iters:
                         log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
                         break
@@ -166,6 +175,7 @@ class SemiTrainer:
             total = torch.stack([v.float() for v in out.losses.values()]).sum() / len(batches)
             self.scaler.scale(total).backward()
             averages.add({**out.losses, **out.stats})
+            self.callbacks.note(self, moved, out)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit, foreach=True)
@@ -265,6 +275,7 @@ class SemiTrainer:
                     log.say(f"WARNING: {path} cannot be read ({reason}); validation counts it as without detections.")
             self.bad_val.update(bad)
             self._record(scores, log)
+            self.callbacks("on_val_end", self)
         dist.barrier()
 
     def _record(self, scores: dict[str, Metrics], log: Logger) -> None:
@@ -315,6 +326,7 @@ class SemiTrainer:
         save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
         if name == "last.pt":
             self._saved = self.step
+        self.callbacks("on_save", self, file=weights / name)
 
     def _restore(self, train: dict[str, Any], folder: Path | None) -> None:
         if train["step"] >= self.plan.iters:

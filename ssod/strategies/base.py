@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssod.detectors.base import Detector
 from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
-from ssod.structures import SemiBatch
+from ssod.structures import Instances, SemiBatch
 
 
 class StrategyOptions(BaseModel):
@@ -44,10 +44,16 @@ class Plan:
 
 @dataclass
 class StepOutput:
-    """losses: named scalars whose sum is minimised; stats: numbers worth a column in the log."""
+    """losses: named scalars whose sum is minimised; stats: numbers worth a column in the log.
+
+    found, used: of each unlabelled image, what the teacher detected, in pixels of the weak view, and what the student
+    learns from, in pixels of the strong one; both empty for strategies without such boxes. Nothing is computed on them.
+    """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor | float] = field(default_factory=dict)
+    found: list[Instances] = field(default_factory=list)
+    used: list[Instances] = field(default_factory=list)
 
 
 class Strategy(nn.Module):
@@ -75,6 +81,7 @@ class Strategy(nn.Module):
             extra = self.unsupervised(batch, step)
             out.losses.update({f"unsup/{k}": v for k, v in extra.losses.items()})
             out.stats.update(extra.stats)
+            out.found, out.used = extra.found, extra.used
         return out
 
     def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:

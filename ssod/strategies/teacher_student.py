@@ -126,7 +126,7 @@ class TeacherStudent(Strategy):
             "pseudo/tau": tau.mean() if isinstance(tau, Tensor) else tau,
             "pseudo/weight": weight,
         }
-        return StepOutput({k: weight * v for k, v in losses.items()}, stats)
+        return StepOutput({k: weight * v for k, v in losses.items()}, stats, found, used)
 
     def ramp(self, step: int) -> float:
         """0..1, linear over `ramp` steps after burn-in."""

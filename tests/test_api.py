@@ -1,0 +1,223 @@
+"""`SSOD`: the same as the command line, and every example of docs/python.md."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ssod
+from ssod import SSOD, UserError
+from ssod.api import Trained
+from ssod.checkpoint import load_checkpoint
+from ssod.cli import main
+from ssod.data.shapes import NAMES
+from ssod.modes import MODES
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = {
+    "labeled": "25%",
+    "detector": {"name": "fcos", "fpn_channels": 32, "head_convs": 1},
+    "backbone": "resnet10t",
+    "strategy": {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01},
+    "imgsz": 64,
+    "iters": 4,
+    "burn_in": 2,
+    "batch": 2,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "val_interval": 4,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    content = RECIPE | {"data": str(shapes_data), "project": str(folder / "runs")}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> tuple[SSOD, Trained]:
+    model = SSOD(recipe, device="cpu")
+    return model, model.train()
+
+
+def args_of(done: Trained) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((done.folder / "args.yaml").read_text())
+    return content
+
+
+def test_training_leaves_the_best_network(run: tuple[SSOD, Trained], recipe: Path, shapes_data: Path) -> None:
+    model, done = run
+    assert model.path == done.folder / "weights" / "best.pt"
+    assert list(model.names.values()) == list(NAMES)
+    assert done.ap == json.loads((done.folder / "metrics.json").read_text())["best"]["AP"]
+    assert done.use == load_checkpoint(model.path)["use"]
+    scores = {h["step"]: {n: h[n]["AP"] for n in ("student", "teacher") if n in h} for h in done.summary["history"]}
+    assert done.ap == scores[done.step][done.use] == max(max(s.values()) for s in scores.values())
+    assert repr(model) == f"SSOD({model.path}: {len(NAMES)} classes, on cpu)"
+    assert args_of(done)["data"] == str(shapes_data)
+
+
+def test_val_is_the_command_line(run: tuple[SSOD, Trained], recipe: Path, shapes_data: Path) -> None:
+    model, done = run
+    project = recipe.parent / "val"
+    metrics = model.val(project=project, workers=0, save_json=True)  # on the data it was trained on
+    words = [f"model={model.path}", f"data={shapes_data}", f"project={project}", "workers=0", "device=cpu"]
+    assert main(["val", *words]) == 0
+    first, second = ((project / "val" / name / "metrics.json").read_text() for name in ("exp", "exp-2"))
+    assert first == second
+    assert json.dumps({"figures": metrics.figures, "per_class": metrics.per_class}) == first
+    assert metrics.ap == metrics.figures["AP"] == pytest.approx(done.ap)
+    assert metrics.folder == project / "val" / "exp"
+    assert (metrics.folder / "detections.json").is_file()
+    with pytest.raises(UserError, match=r"there is no data: give data=DATA\.yaml"):
+        SSOD(model.path).val()
+
+
+def test_a_run_folder_is_free_again_after_val(run: tuple[SSOD, Trained], recipe: Path) -> None:
+    model, _ = run
+    for _ in range(2):
+        assert model.val(project=recipe.parent, name="again", exist_ok=True, workers=0).images == 8
+
+
+def test_predict_takes_the_options_of_the_predictor(run: tuple[SSOD, Trained], shapes_data: Path) -> None:
+    model, _ = run
+    source = shapes_data.parent / "images" / "val"
+    results = model.predict(source, conf=0.0, max_det=3, classes=[NAMES[0]])
+    assert [len(r) for r in results] == [3] * 8
+    assert {int(c) for r in results for c in r.boxes.cls} == {0}
+    stream = model.predict(source, conf=0.0, max_det=3, stream=True)
+    assert len(next(stream)) == 3
+
+
+def test_a_checkpoint_trains_onward_as_what_it_is(run: tuple[SSOD, Trained], recipe: Path, shapes_data: Path) -> None:
+    model, _ = run
+    quick = {"strategy": "supervised", "iters": 1, "batch": 2, "workers": 0, "plots": False, "project": recipe.parent}
+    onward = SSOD(str(model.path), device="cpu")
+    args = args_of(onward.train(shapes_data, lr0=0.002, detector={"box_loss_weight": 2.0}, **quick))
+    assert args["weights"] == str(model.path)
+    assert (args["backbone"], args["imgsz"], args["device"], args["lr0"]) == ("resnet10t", 64, "cpu", 0.002)
+    options = args["detector"]
+    assert (options["fpn_channels"], options["head_convs"], options["box_loss_weight"]) == (32, 1, 2.0)
+    assert args["batch"] == 2
+    assert args["ema_decay"] == MODES["train"].model_fields["ema_decay"].default
+    assert onward.path == recipe.parent / "train" / "exp" / "weights" / "best.pt"
+
+
+def test_resume(recipe: Path) -> None:
+    first = SSOD(recipe).train(iters=3, name="short")
+    last = SSOD(first.folder / "weights" / "last.pt")
+    done = last.train(resume=True, iters=4)
+    assert done.folder == first.folder
+    assert done.summary["steps"] == 4
+    with pytest.raises(UserError, match="is finished"):
+        SSOD(recipe).train(resume=first.folder)
+
+
+def test_save_keeps_one_network(run: tuple[SSOD, Trained], tmp_path: Path) -> None:
+    model, done = run
+    whole = load_checkpoint(done.folder / "weights" / "last.pt")
+    for use in ("student", "teacher"):
+        one = load_checkpoint(SSOD(done.folder / "weights" / "last.pt", weights=use).save(tmp_path / f"{use}.pt"))
+        assert (one["use"], list(one["networks"]), "train" in one) == (use, [use], False)
+        for name, value in one["networks"][use].items():
+            torch.testing.assert_close(value, whole["networks"][use][name], rtol=0, atol=0)
+    assert model.save(tmp_path / "auto.pt") == tmp_path / "auto.pt"
+    assert load_checkpoint(tmp_path / "auto.pt")["use"] == done.use
+    with pytest.raises(UserError, match="holds no"):
+        SSOD(tmp_path / "student.pt", weights="teacher")
+
+
+def test_info(run: tuple[SSOD, Trained], capsys: pytest.CaptureFixture[str]) -> None:
+    from ssod.deploy.predictor import load_detector
+
+    model, _ = run
+    assert model.path is not None
+    told = model.info()
+    detector, _ = load_detector(model.path)
+    assert told.parameters == sum(p.numel() for p in detector.parameters())
+    assert told.names == list(NAMES)
+    assert (told.detector, told.backbone, told.imgsz, told.precision) == ("fcos", "resnet10t", 64, "fp32")
+    assert told.gflops is not None
+    assert 0.01 < told.gflops < 1
+    assert f"{told.parameters:,} parameters" in capsys.readouterr().out
+    assert model.info(verbose=False) == told
+    assert capsys.readouterr().out == ""
+
+
+def test_mistakes(run: tuple[SSOD, Trained], recipe: Path, tmp_path: Path) -> None:
+    model, done = run
+    other = {"student": "teacher", "teacher": "student"}[done.use]
+    (tmp_path / "bad.yaml").write_text("epoch: 3\n")
+    for call, sentence in (
+        (lambda: SSOD("fcoss"), "'fcoss' is no model. Did you mean 'fcos'"),
+        (lambda: SSOD("best.ptt"), "model best.ptt ends in .ptt"),
+        (lambda: SSOD("none.pt"), "there is no checkpoint none.pt"),
+        (lambda: SSOD("none.yaml"), "there is no YAML 'none.yaml'"),
+        (lambda: SSOD(tmp_path / "bad.yaml"), "'epoch' is not a valid argument. Did you mean epochs"),
+        (lambda: SSOD("fcos").predict("x.jpg"), r"SSOD\(fcos: not trained\) yet: call train\(\) first"),
+        (lambda: SSOD("fcos").val(), "not trained"),
+        (lambda: SSOD("fcos").export(), "not trained"),
+        (lambda: SSOD("fcos").save("x.pt"), "not trained"),
+        (lambda: SSOD("fcos").info(), "not trained"),
+        (lambda: SSOD("fcos").train(), "there is no data: give data=DATA.yaml"),
+        (lambda: SSOD("fcos").train(epoch=3), "'epoch' is not a valid argument. Did you mean epochs"),
+        (lambda: SSOD("fcos").train(callbacks={"on_save_end": print}), "'on_save_end' is not an event. Did you mean"),
+        (lambda: SSOD(recipe).train(cfg="demo.yaml"), r"tiny.yaml already, so cfg=demo.yaml has no place"),
+        (lambda: SSOD("fcos").add_callback("on_sve", print), "'on_sve' is not an event. Did you mean 'on_save'"),
+        (lambda: SSOD(model.path, weights=other).train(data="shapes"), f"training starts from the {done.use} of"),
+        (lambda: model.export(format="onx"), "format=onx is not one of .* Did you mean 'onnx'"),
+        (lambda: model.save(tmp_path / "x.onnx"), "a checkpoint is named NAME.pt"),
+        (lambda: model.save(tmp_path / "no" / "x.pt"), "no does not exist"),
+        (lambda: model.val(split="vla"), "split='vla' does not fit"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+
+def test_named_options_are_options_of_the_command_line() -> None:
+    """What completion shows is what the configs know; nothing else has a default here."""
+    for mode in ("train", "val", "export", "benchmark"):
+        parameters = list(inspect.signature(getattr(SSOD, mode)).parameters.values())[1:]
+        named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD} | {"callbacks": None}
+        assert set(named) - {"callbacks", "cfg"} <= set(MODES[mode].model_fields), mode
+        assert set(named.values()) == {None}, mode
+        assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(ssod.__file__).parent / "py.typed").is_file()
+    source = Path(ssod.__file__).read_text()
+    for name in ssod.__all__[1:]:
+        assert f"import {name} as {name}\n" in source, f"type checkers see no {name}"
+
+
+def test_every_example_of_the_docs_runs(
+    recipe: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the smallest settings; the files that the page speaks of are there."""
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(recipe.read_text())
+    for name in ("my_recipe.yaml", "fcos.yaml"):
+        (tmp_path / name).write_text(yaml.safe_dump(content | {"project": "runs", "val_fraction": 0.25}))
+    (tmp_path / "my.yaml").write_text(shapes_data.read_text().replace("path: .", f"path: {shapes_data.parent}"))
+    (tmp_path / "photos").symlink_to(shapes_data.parent / "images" / "val")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+    assert len(blocks) == 4
+    for block in blocks:
+        small = block.replace('SSOD("fcos")', 'SSOD("fcos.yaml")')
+        small = small.replace("epochs=100, lr0", "iters=1, burn_in=0, batch=2, workers=0, device='cpu', lr0")
+        exec(compile(small.replace("epochs=100", "iters=4"), "docs/python.md", "exec"), {})
+    assert (tmp_path / "runs/train/exp/weights/best.onnx").is_file()
+    assert list(load_checkpoint("student.pt")["networks"]) == ["student"]
