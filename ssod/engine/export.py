@@ -28,6 +28,7 @@ from ssod.deploy.exported import Exported, Loaded, load_model
 from ssod.deploy.graph import check_installed, export_onnx
 from ssod.deploy.predictor import load_detector
 from ssod.deploy.prepare import prepare
+from ssod.deploy.torchscript_model import write_torchscript
 from ssod.deploy.verify import Run, pictures, verify
 from ssod.detectors.base import Detector
 from ssod.engine.evaluate import evaluate
@@ -71,9 +72,14 @@ def export(config: ExportConfig, say: Say = print) -> Made:
     say(f"{model}: the {card.weights} of {card.detector} on {card.backbone}, {len(card.names)} classes")
     with tempfile.TemporaryDirectory(prefix=".ssod-export-", dir=out.parent) as folder:
         start = time.monotonic()
-        graph = _onnx(config, detector, card, Path(folder), samples, say)
-        difference = _compared(detector, card, _runs(graph, "cpu"), samples, "onnxruntime", say)
-        made = _converted(config, detector, card, graph, Path(folder) / out.name, samples, say)
+        made = Path(folder) / out.name
+        if config.format == "torchscript":
+            write_torchscript(detector, made, card)
+            difference = _compared(detector, card, _runs(made, "cpu"), samples, "TorchScript", say)
+        else:
+            graph = _onnx(config, detector, card, Path(folder), say)
+            difference = _compared(detector, card, _runs(graph, "cpu"), samples, "onnxruntime", say)
+            _convert(config, detector, card, graph, made, samples, say)
         ap = _scored(config, model, made, data, say)
         _settle(made, out)
     say(f"{out}: {_what(config, card)}, {_megabytes(out):.1f} MB, {time.monotonic() - start:.0f} s")
@@ -161,7 +167,7 @@ def _data(config: ExportConfig, card: Card) -> Dataset | None:
 # ---- the file
 
 
-def _onnx(config: ExportConfig, detector: Detector, card: Card, folder: Path, samples: list[Sample], say: Say) -> Path:
+def _onnx(config: ExportConfig, detector: Detector, card: Card, folder: Path, say: Say) -> Path:
     """The ONNX file that everything else starts from, in the precision asked for."""
     import onnx
 
@@ -206,9 +212,10 @@ def _shuffled(samples: Sequence[Sample]) -> list[Sample]:
     return [samples[i] for i in order]
 
 
-def _converted(
+def _convert(
     config: ExportConfig, detector: Detector, card: Card, graph: Path, to: Path, samples: list[Sample], say: Say
-) -> Path:
+) -> None:
+    """From the ONNX file to the format asked for, and whether that finds the same, where it runs here."""
     if config.format == "onnx":
         os.replace(graph, to)
     elif config.format == "openvino":
@@ -216,11 +223,6 @@ def _converted(
 
         write_openvino(graph, to, card)
         _compared(detector, card, _runs(to, "cpu"), samples, "OpenVINO", say)
-    elif config.format == "torchscript":
-        from ssod.deploy.torchscript_model import write_torchscript
-
-        write_torchscript(detector, to, card)
-        _compared(detector, card, _runs(to, "cpu"), samples, "TorchScript", say)
     else:
         from ssod.deploy.engine import build_engine
 
@@ -245,7 +247,6 @@ def _converted(
             _compared(detector, card, _runs(to, "cuda"), samples, "TensorRT", say)
         else:
             say("the engine was not run: this machine has no GPU. Its ONNX graph was compared above.")
-    return to
 
 
 def _gpus(sidecar: Sidecar) -> str:
