@@ -83,15 +83,15 @@ class OnTensors:
 
     def __init__(self, detector: Detector | Exported, how: Inference) -> None:
         self.detector, self.how, self.batch = detector.eval(), how, how.batch
-        self._fit = Fit(how.imgsz, how.multiple, how.frame)
+        self.fit = Fit(how.imgsz, how.multiple, how.frame)
 
     def ready(self, pixels: np.ndarray) -> Ready:
         own = np.require(pixels, requirements=["C", "W"])  # torch takes no other memory
-        image, matrix = resize_to(from_hwc(own), *self._fit.resized(*own.shape[:2]))
+        image, matrix = resize_to(from_hwc(own), *self.fit.resized(*own.shape[:2]))
         return Ready(Frame(image, matrix), (own.shape[0], own.shape[1]))
 
     def size(self, item: Ready) -> Hashable:
-        return self._fit.padded(*item.frame.image.shape[1:])
+        return self.fit.padded(*item.frame.image.shape[1:])
 
     def see(self, items: list[Ready]) -> Seen:
         start = time.perf_counter()
