@@ -30,6 +30,7 @@ bench: $(READY)  ## speed against peers, as ratios
 	$(BIN)/python tests/bench/bench_step.py
 	$(BIN)/python tests/bench/bench_index.py
 	$(BIN)/python tests/bench/bench_deform_attn.py
+	$(BIN)/python tests/bench/bench_export.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -274,10 +274,13 @@ def _version(package: str) -> str:
 
 def _write(report: Report, path: Path) -> None:
     rows = [asdict(row) | {"ap": None if row.ap is None or math.isnan(row.ap) else row.ap} for row in report.rows]
-    temporary = path.with_name(f".{path.name}.partial")
     content = {"machine": report.machine, "images": report.images, "rows": rows}
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def text(report: Report, batches: list[int]) -> str:

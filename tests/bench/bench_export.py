@@ -1,0 +1,207 @@
+"""Inference on one thread of a CPU: our exported ONNX files against our detectors and against torchvision's own export.
+
+    python tests/bench/bench_export.py --size 320 --rounds 9 [--nodes 8]
+
+End to end on every side: an image in, final boxes out, normalisation and NMS included. Ours is the graph of `ssod
+export`; theirs is what torchvision supports, `torch.onnx.export(..., dynamo=False)`, of its own detector with the same
+weights and limits, so both have to find as much. Both files run in onnxruntime with the same options. transformers'
+Deformable DETR ends before NMS and boxes in pixels, so ours has no peer here.
+
+The weights are random but telling (tests/detectors/torchvision_peers.py): with fresh ones no score passes the threshold
+and there is nothing to sort or suppress. How many pass is printed; `--shift`, added to the class logits, changes it.
+
+All alternate in one process; the figure is process CPU time, the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for every runtime, before it loads
+sys.path.append(str(Path(__file__).resolve().parent.parent / "detectors"))
+
+import numpy as np
+import onnxruntime
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision_peers import FIRST_LABEL, copy_weights, peer_of
+
+from ssod import __version__
+from ssod.deploy.contract import Card
+from ssod.deploy.graph import export_onnx
+from ssod.deploy.onnx_model import OnnxModel
+from ssod.detectors import build_detector
+from ssod.detectors.base import Detector
+
+DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
+NUM_CLASSES = 80
+CONF, MAX_DET = 0.05, 100
+IOU = {"fcos": 0.6, "retinanet": 0.5, "faster_rcnn": 0.5, "deformable_detr": 0.5}  # torchvision's
+BACKGROUND = {"faster_rcnn": 1}  # rows of the class bias that are none of a class, in front
+
+
+@dataclass(frozen=True)
+class Side:
+    """find: detects on the one image, returns how many; file, feed: of an ONNX file, what it is given."""
+
+    find: Callable[[], int]
+    file: Path | None = None
+    feed: dict[str, np.ndarray] | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=DETECTORS)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shift", type=float, default=-1.0, help="added to the class logits")
+    parser.add_argument("--nodes", type=int, default=0, help="also tell the kinds of node that cost most, so many")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, onnxruntime {onnxruntime.__version__}, "
+        f"{platform.processor() or platform.machine()}, 1 thread, load {os.getloadavg()[0]:.1f}, "
+        f"{time.strftime('%Y-%m-%d')}; ResNet-50, {args.size} px, batch 1, {NUM_CLASSES} classes, logits "
+        f"{args.shift:+g}, medians of {args.rounds} rounds"
+    )
+    lines = []
+    for name in args.detectors:
+        with tempfile.TemporaryDirectory() as folder:
+            sides, passing = make_sides(name, args.size, args.shift, Path(folder))
+            counts = {who: side.find() for who, side in sides.items()}
+            times = alternate(sides, args.rounds)
+            print(
+                f"\n{name}, {passing} candidates pass: "
+                + ", ".join(f"{who} {times[who]:.1f} ms ({counts[who]} objects)" for who in sides),
+                flush=True,
+            )
+            for who, side in sides.items():
+                if args.nodes and side.file and side.feed:
+                    print(f"  {who}: {costly(side.file, side.feed, args.rounds, args.nodes)}")
+        lines.append(row(name, times))
+    print("\n| | ours, eager | ours, ONNX | torchvision's, ONNX | eager / ONNX | torchvision's / ours |")
+    print("|---|---|---|---|---|---|\n" + "\n".join(lines))
+    print(f"load at the end {os.getloadavg()[0]:.1f}")
+
+
+def row(name: str, times: dict[str, float]) -> str:
+    eager, mine, theirs = times["eager"], times["ours"], times.get("theirs")
+    shown = ("-", "-") if theirs is None else (f"{theirs:.0f}", f"{theirs / mine:.2f}")
+    return f"| {name} | {eager:.0f} | {mine:.0f} | {shown[0]} | {eager / mine:.2f} | {shown[1]} |"
+
+
+def make_sides(name: str, size: int, shift: float, folder: Path) -> tuple[dict[str, Side], int]:
+    """Our detector, its file and torchvision's file of the same weights; and how many candidates pass the threshold."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, size, size)
+    detector = build_detector(name, NUM_CLASSES).eval()
+    peer = None
+    if name in FIRST_LABEL:
+        peer = peer_of(name, NUM_CLASSES, size)
+        shift_classes(peer, name, shift)
+        copy_weights(peer, detector)
+        set_limits(peer, name)
+    passing = len(detector(image, conf=CONF, iou=1.0, max_det=1 << 30)[0])
+    export_onnx(detector, folder / "ours.onnx", card(name, detector, size))
+    model = OnnxModel(folder / "ours.onnx", "cpu")
+    pixels, valid = image.numpy(), np.array([[size, size]], np.int32)
+    sides = {
+        "eager": Side(lambda: len(detector(image, conf=CONF, iou=IOU[name], max_det=MAX_DET)[0])),
+        "ours": Side(
+            lambda: int(model.run(pixels, valid).num_dets[0, 0]), folder / "ours.onnx", model.feed(pixels, valid)
+        ),
+    }
+    if peer is not None:
+        file = folder / "theirs.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather not have the one way that torchvision supports
+            torch.onnx.export(peer, ([image[0]],), str(file), opset_version=18, dynamo=False)
+        session = open_session(file)
+        feed = {session.get_inputs()[0].name: pixels[0]}
+        sides["theirs"] = Side(lambda: len(session.run(None, feed)[0]), file, feed)
+    return sides, passing
+
+
+def shift_classes(peer: nn.Module, name: str, shift: float) -> None:
+    layer = "roi_heads.box_predictor.cls_score" if name == "faster_rcnn" else "head.classification_head.cls_logits"
+    bias = peer.get_submodule(layer).bias
+    assert isinstance(bias, Tensor)
+    bias.data[BACKGROUND.get(name, 0) :] += shift
+
+
+def set_limits(peer: nn.Module, name: str) -> None:
+    part = peer.get_submodule("roi_heads") if name == "faster_rcnn" else peer
+    part.score_thresh, part.nms_thresh, part.detections_per_img = CONF, IOU[name], MAX_DET
+
+
+def card(name: str, detector: Detector, size: int) -> Card:
+    return Card(
+        names=[str(k) for k in range(NUM_CLASSES)],
+        detector=name,
+        backbone="resnet50",
+        weights="student",
+        imgsz=size,
+        size=(size, size),
+        multiple=32,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        conf=CONF,
+        iou=IOU[name],
+        max_det=MAX_DET,
+        target="onnx",
+        precision="fp32",
+        inputs=("images", "sizes") if name == "deformable_detr" else ("images",),
+        opset=18,
+        versions={"ssod": __version__},
+    )
+
+
+def open_session(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def alternate(sides: dict[str, Side], rounds: int) -> dict[str, float]:
+    """Median milliseconds of CPU time of each; one warm-up round."""
+    times: dict[str, list[float]] = {who: [] for who in sides}
+    for i in range(rounds + 1):
+        for who, side in sides.items():
+            start = time.process_time()
+            side.find()
+            if i:
+                times[who].append(1000 * (time.process_time() - start))
+    return {who: median(values) for who, values in times.items()}
+
+
+def costly(path: Path, feed: dict[str, np.ndarray], rounds: int, most: int) -> str:
+    """The kinds of node that take longest, in milliseconds of one run, by onnxruntime's profiler."""
+    session = open_session(path, profile=path.with_name("profile"))
+    for _ in range(rounds):
+        session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return ", ".join(f"{kind} {us / 1000 / rounds:.1f}" for kind, us in spent.most_common(most))
+
+
+if __name__ == "__main__":
+    main()
