@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full test test-slow bench lint format clean
+.PHONY: demo demo-full test test-slow test-slim test-docker bench lint lint-docker format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ssod needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fast]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,export,fast,openvino]'
 	touch $(READY)
 
 demo: $(READY)  ## train on the drawn demo set: under 4 minutes on 2 cores
@@ -25,6 +25,12 @@ test: $(READY) lint  ## all fast tests
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+test-slim: $(READY)  ## exported models in an environment without torch, by the commands of docker/Dockerfile.slim
+	$(BIN)/python -m pytest -m slow tests/deploy/test_slim.py
+
+test-docker: $(READY)  ## the commands of docker/Dockerfile without Docker: gigabytes of packages
+	$(BIN)/python -m pytest -m slow tests/test_docker.py
+
 bench: $(READY)  ## speed against peers, as ratios
 	$(BIN)/python tests/bench/bench_loader.py
 	$(BIN)/python tests/bench/bench_step.py
@@ -36,6 +42,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-docker:  ## checkov (Apache-2.0) in an environment of its own; no HEALTHCHECK: the images are commands, not services
+	$(PYTHON) -m venv build/lint-docker
+	build/lint-docker/bin/python -m pip install --quiet checkov==3.3.30
+	build/lint-docker/bin/checkov --framework dockerfile --directory docker --compact --quiet --skip-download --skip-check CKV_DOCKER_2
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
