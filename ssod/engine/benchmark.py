@@ -54,13 +54,20 @@ class Speed:
 
 @dataclass
 class Row:
-    """One model. megabytes: None where there is no file; ap: 0..1, None without data; speed: by batch size, without
-    those that an engine does not take; reason: why there are no figures, else empty."""
+    """One model. A column of two rows compares their formats only where `input` is the same.
+
+    megabytes  None where there is no file
+    input      height x width in pixels, or the long side where any shape is taken
+    ap         0..1, None without data
+    speed      by batch size, without those that an engine does not take
+    reason     why there are no figures, else empty
+    """
 
     model: str
     format: str
     megabytes: float | None = None
     device: str = ""
+    input: str = ""
     ap: float | None = None
     speed: dict[int, Speed] = field(default_factory=dict)
     reason: str = ""
@@ -194,7 +201,7 @@ def _megabytes(path: Path) -> float:
 def _measure(row: Row, path: Path, config: BenchmarkConfig, sources: list[Any], data: Dataset | None) -> None:
     """Fill in a row. Raises UserError where the model cannot run here or on these data."""
     model = open_model(path, config.weights, config.device)
-    row.device = str(model.device).lower()
+    row.device, row.input = str(model.device).lower(), _input(model, config)
     if model.card is not None and model.card.precision not in ("fp32", row.format.rpartition("-")[2]):
         row.format = f"{row.format}-{model.card.precision}"
     if data is not None and model.names != data.names:
@@ -213,6 +220,14 @@ def _measure(row: Row, path: Path, config: BenchmarkConfig, sources: list[Any], 
         raise UserError(f"it takes at most {most} images at once. Add batches=[{most}].")
     if data is not None:
         row.ap = _average_precision(model, path, wanted, config, data)
+
+
+def _input(model: ArrayModel | Loaded, config: BenchmarkConfig) -> str:
+    if model.card is not None and model.card.size is not None:
+        return "{}x{}".format(*model.card.size)
+    trained = model.card.imgsz if isinstance(model, ArrayModel) else model.imgsz
+    size = config.imgsz or trained
+    return str(size if isinstance(size, int) else list(size)).replace(" ", "")
 
 
 def _speed(model: ArrayModel | Loaded, wanted: Asked, batch: int, config: BenchmarkConfig, sources: list[Any]) -> Speed:
@@ -298,12 +313,12 @@ def text(report: Report, batches: list[int]) -> str:
         lines.append("NOTE: other programs are busy: times are not comparable.")
     batch_heads = [f"images/s, batch {b}" for b in batches]
     scores = ["AP", "difference"] if any(row.ap is not None for row in report.rows) else []
-    head = ["model", "format", "on", "MB", *scores, *(f"{part} ms" for part in PARTS), "faster", *batch_heads]
+    head = ["model", "format", "on", "input", "MB", *scores, *(f"{part} ms" for part in PARTS), "faster", *batch_heads]
     table = [head, *(_cells(row, report.rows[0], batches, bool(scores)) for row in report.rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines.append("")
     for cells, row in zip(table, [None, *report.rows], strict=True):
-        sides = [str.ljust] * 3 + [str.rjust] * (len(cells) - 3)
+        sides = [str.ljust] * 4 + [str.rjust] * (len(cells) - 4)
         lines.append("  ".join(side(c, w) for side, c, w in zip(sides, cells, widths, strict=True)).rstrip())
         if row is not None and row.reason:
             lines.append(f"  not measured: {row.reason}")
@@ -311,7 +326,7 @@ def text(report: Report, batches: list[int]) -> str:
 
 
 def _cells(row: Row, first: Row, batches: list[int], scored: bool) -> list[str]:
-    cells = [row.model, row.format, row.device, "" if row.megabytes is None else f"{row.megabytes:.1f}"]
+    cells = [row.model, row.format, row.device, row.input, "" if row.megabytes is None else f"{row.megabytes:.1f}"]
     if scored:
         cells.append("" if row.ap is None else f"{row.ap:.4f}")
         cells.append("" if row.ap is None or first.ap is None else f"{row.ap - first.ap:+.4f}")

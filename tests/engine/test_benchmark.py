@@ -88,6 +88,14 @@ def test_formats_by_file_and_precision_by_card(tmp_path: Path) -> None:
     assert not any(row.reason for row in report.rows)
 
 
+def test_the_size_of_the_input_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    """A smaller input is faster in any format."""
+    fixed = write_onnx(tmp_path / "a.onnx", card(size=(64, 96)))
+    free = write_onnx(tmp_path / "b.onnx", card(imgsz=[64, 96]))
+    report = run(tmp_path, model=[str(checkpoint), str(fixed), str(free)], images=1, batches=[1])
+    assert [row.input for row in report.rows] == ["64", "64x96", "[64,96]"]
+
+
 def test_the_table_says_what_its_figures_hold_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +110,7 @@ def test_the_table_says_what_its_figures_hold_for(
         assert part in shown
     assert "NOTE: other programs are busy: times are not comparable." in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith(("a.onnx  ", "b.onnx  "))]
-    assert rows[0][:4] == ["a.onnx", "onnx", "cpu", "0.0"]
+    assert rows[0][:5] == ["a.onnx", "onnx", "cpu", "96", "0.0"]
     assert rows[0][-2] == "1.00"  # as fast as itself
     assert "AP" not in shown  # no data, no column
     monkeypatch.setattr("os.getloadavg", lambda: (0.1, 1.0, 1.0))
