@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -123,13 +124,17 @@ def test_every_command_runs(
     capsys.readouterr()
 
     said: list[str] = []
+    rtx = importlib.util.find_spec("tensorrt_rtx") is not None  # builds engines without a GPU
     for words in SSOD_COMMANDS:
+        if "format=engine" in words and not rtx:
+            continue
         code = main(list(words[1:]))
         told = capsys.readouterr()
         assert code == 0, f"{' '.join(words)}\n{told.out}\n{told.err}"
         said += told.out.splitlines()
-    for name in ("best.onnx", "any.onnx", "best.fp16.onnx", "best.int8.onnx", "best.tensorrt.onnx", "best.engine"):
+    for name in ("best.onnx", "any.onnx", "best.fp16.onnx", "best.int8.onnx", "best.tensorrt.onnx"):
         assert (folder / name).is_file(), name
+    assert (folder / "best.engine").is_file() == rtx
     (text,) = blocks("text")
     for line in text.splitlines():
         assert masked(line) in {masked(one) for one in said}, line
