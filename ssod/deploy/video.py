@@ -140,7 +140,8 @@ def _rate(cv2: ModuleType, capture: Any) -> float:
 
 
 def _opencv(what: str) -> ModuleType:
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # or FFmpeg's own words mix with ours
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # or their own words mix with ours
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     try:
         return importlib.import_module("cv2")
     except ImportError:
