@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     },
     "engine": {
         *("strategies", "deploy", "detectors", "data", "nn", "ops", "structures", "dist", "config", "modes"),
-        *("checkpoint", "errors", "__init__", "report"),
+        *("checkpoint", "errors", "__init__", "report", "files"),
     },
     "api": {"engine", "deploy", "detectors", "data", "config", "checkpoint", "errors"},
     "report": {"deploy", "data", "config", "errors", "files"},

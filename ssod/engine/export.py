@@ -38,7 +38,7 @@ from ssod.modes import ExportConfig
 
 MULTIPLE = 32
 SUFFIX = {"onnx": ".onnx", "engine": ".engine", "torchscript": ".torchscript", "openvino": "_openvino"}
-GRAPH = {"onnx": "onnx", "engine": "tensorrt", "torchscript": "tensorrt", "openvino": "tensorrt"}
+GRAPH = {"onnx": "onnx", "engine": "tensorrt", "torchscript": "tensorrt", "openvino": "onnx"}
 AP_DROP = 0.05  # of 1: an int8 file that loses more is of no use to anyone
 Say = Callable[[str], None]
 

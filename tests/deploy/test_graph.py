@@ -140,3 +140,18 @@ def test_builds_as_an_engine(made, tmp_path):
     sidecar = build_engine(path, engine, card=card, batch=(1, 2, 4), size=size, flavour="tensorrt_rtx")
     assert sidecar.profile["images"][2] == (4, 3, *(card.size or (256, 256)))
     assert engine.stat().st_size > 1e6
+
+
+def test_openvino_finds_the_same(made, tmp_path):
+    pytest.importorskip("openvino")
+    from ssod.deploy.openvino_model import OpenVinoModel, write_openvino
+
+    detector, card, path = made
+    if card.target != "onnx":
+        pytest.skip("a graph for TensorRT")
+    write_openvino(path, tmp_path / "m_openvino", card)
+    model = OpenVinoModel(tmp_path / "m_openvino")
+    assert model.card == card
+    difference = verify(detector, card, model.run, pictures([])[0], GATES["fp32"].score)
+    assert difference.passes(GATES["fp32"]), difference.text()
+    assert difference.total > 50
