@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,23 @@ def test_resume(recipe: Path) -> None:
         SSOD(recipe).train(resume=first.folder)
 
 
+def test_every_rank_knows_the_result(recipe: Path) -> None:
+    script = recipe.with_name("ranks.py")
+    script.write_text(
+        "import sys; from ssod import SSOD\n"
+        f"done = SSOD({str(recipe)!r}).train(name='ranks', val_fraction=0.25)\n"
+        "print('result', done.ap, done.step, len(done.summary['history']))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert out.returncode == 0, out.stderr[-2000:]
+    results = re.findall(r"result .*", out.stdout)
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert results[0].endswith(" 2"), "two validations"
+
+
 def test_save_keeps_one_network(run: tuple[SSOD, Trained], tmp_path: Path) -> None:
     model, done = run
     whole = load_checkpoint(done.folder / "weights" / "last.pt")
@@ -217,7 +237,9 @@ def test_every_example_of_the_docs_runs(
     assert len(blocks) == 4
     for block in blocks:
         small = block.replace('SSOD("fcos")', 'SSOD("fcos.yaml")')
-        small = small.replace("epochs=100, lr0", "iters=1, burn_in=0, batch=2, workers=0, device='cpu', lr0")
+        small = small.replace(
+            "epochs=100, lr0", "iters=1, burn_in=0, batch=2, workers=0, device='cpu', plots=False, lr0"
+        )
         exec(compile(small.replace("epochs=100", "iters=4"), "docs/python.md", "exec"), {})
     assert (tmp_path / "runs/train/exp/weights/best.onnx").is_file()
     assert list(load_checkpoint("student.pt")["networks"]) == ["student"]

@@ -75,7 +75,8 @@ class State:
 class Callbacks:
     """The callbacks of a run, by event, called in the order in which they were added.
 
-    Under torchrun every process calls its own; on_val_end and on_save come in the first alone, which does that work.
+    Under torchrun every process calls its own; on_val_end and on_save come in the first alone, which does that work and
+    has the metrics.
     """
 
     def __init__(self, *given: Mapping[str, Callback | Sequence[Callback]]) -> None:

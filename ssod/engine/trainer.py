@@ -376,7 +376,7 @@ class SemiTrainer:
                 plot_by_class(self.folder, self.history)
                 plot_run(self.folder, log.table, self.plan.burn_in if self.strategy.uses_unlabeled else None)
                 self._draw_val()
-        return summary
+        return dist.from_main(lambda: summary)  # only the first rank has validated
 
     def _draw_val(self) -> None:
         from ssod.report.plots import draw_predictions
