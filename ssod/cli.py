@@ -29,6 +29,15 @@ SUMMARY = {
     "help": "this text, or the arguments of a mode: ssod help train",
     "version": "print the version",
 }
+TRAINING = (
+    "torch",
+    "torchvision",
+    "timm",
+    "pycocotools",
+    "matplotlib",
+    "scipy",
+    "tqdm",
+)  # absent where one only runs models
 USAGE = """ssod MODE key=value ...
 
 Modes
@@ -66,6 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing is left to be flushed into the pipe at exit
         return 0
+    except ModuleNotFoundError as error:
+        if verbose or error.name not in TRAINING:
+            raise
+        print(
+            f"ssod: this needs {error.name}, which is not installed here; install ssod with its dependencies. Without "
+            "them `ssod predict model=NAME.onnx` runs, and no more.",
+            file=sys.stderr,
+        )
+        return 2
     except (Fault, OSError) as error:
         if verbose:
             raise

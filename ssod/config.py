@@ -210,7 +210,7 @@ def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> st
         return f"'{key}' is missing: {model.model_fields[path[-1]].description}." if path else "a value is missing."
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        return message if message.endswith(".") else message + "."
+        return message if message.endswith((".", "?")) else message + "."
     expected = "; ".join(dict.fromkeys(e["msg"].replace("Input should be ", "") for e in error.errors()[:3]))
     return f"{key}={first['input']!r} does not fit: it should be {expected}."
 

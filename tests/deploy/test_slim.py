@@ -85,7 +85,7 @@ class Only:
     def find_spec(self, name, path=None, target=None):
         first = name.split(".")[0]
         if first not in sys.stdlib_module_names | ALLOWED and not first.startswith("_sysconfigdata"):
-            raise ImportError("not in slim-requirements.txt: " + name)
+            raise ModuleNotFoundError("not in slim-requirements.txt: " + name, name=first)
 
 sys.meta_path.insert(0, Only())
 from ssod.cli import main
@@ -99,25 +99,37 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_predict_imports_nothing_beyond_the_list(photo: Path) -> None:
+def slim_ssod(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command line, with nothing importable but what the list names."""
     slim = read("docker/slim-requirements.txt")
     modules = {
         module
         for module, owners in importlib.metadata.packages_distributions().items()
         if any(canonicalize_name(owner) in slim for owner in owners)
     }
-    model = write_onnx(photo.with_name("small.onnx"), card())
-    words = ["predict", f"model={model}", f"source={photo}", f"project={photo.parent / 'runs'}", "save_json=true"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", f"ALLOWED = {modules | {'ssod'}!r}\n{ONLY}", *words],
         env=env,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_predict_imports_nothing_beyond_the_list(photo: Path) -> None:
+    model = write_onnx(photo.with_name("small.onnx"), card())
+    project = f"project={photo.parent / 'runs'}"
+    done = slim_ssod("predict", f"model={model}", f"source={photo}", project, "save_json=true")
     assert done.returncode == 0, done.stderr
     assert "2 objects on 1 images" in done.stdout
+
+
+def test_what_takes_more_is_said_in_a_sentence() -> None:
+    done = slim_ssod("val", "model=best.pt", "data=my.yaml")
+    assert done.returncode == 2
+    assert "which is not installed here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 PROGRAM = """
