@@ -29,7 +29,7 @@ LARGEST = 1 << 14  # pixels of a side
 
 
 class Graph(nn.Module):
-    """What is exported of a detector: images float32 0..1 [B, 3, H, W], and their valid sizes where `sized` says so."""
+    """What is exported of a detector: images float32 [B, 3, H, W] 0..1 in, and for some int32 [B, 2] valid sizes."""
 
     def __init__(self, detector: Detector, conf: float, iou: float, max_det: int) -> None:
         super().__init__()
@@ -54,8 +54,7 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
     for node in _nodes(model.graph):
         del node.metadata_props[:]  # stack traces, with the paths of this machine
         node.doc_string = ""
-    for function in model.functions:
-        raise AssertionError(f"function {function.name} was not inlined")
+    assert not model.functions, "everything is inlined"
     stamp(model, card)
     with replacing(path) as file:
         onnx.save(model, file)
@@ -102,16 +101,23 @@ def _traced(detector: Detector, card: Card) -> Any:
     graph = Graph(detector, card.conf, card.iou, card.max_det).eval()
     target: Target = "tensorrt" if card.target == "tensorrt" else "onnx"
     with torch.no_grad(), graph_for(target), _quiet():
-        return torch.onnx.export(
-            graph,
-            args,
-            dynamo=True,
-            dynamic_shapes=tuple(shapes),
-            input_names=list(card.inputs),
-            output_names=list(OUTPUTS),
-            opset_version=card.opset,
-            custom_translation_table=_translations(),
-        )
+        try:
+            return torch.onnx.export(
+                graph,
+                args,
+                dynamo=True,
+                dynamic_shapes=tuple(shapes),
+                input_names=list(card.inputs),
+                output_names=list(OUTPUTS),
+                opset_version=card.opset,
+                custom_translation_table=_translations(),
+            )
+        except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
+            said = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"torch {torch.__version__} cannot export {card.detector} on {card.backbone}: {said}. "
+                f"Try {'a fixed size, without dynamic=true, or ' if card.size is None else ''}another backbone."
+            ) from error
 
 
 def _translations() -> dict[Any, Any]:
