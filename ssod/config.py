@@ -217,18 +217,18 @@ def _sentence(model: type[BaseModel], error: ValidationError, prefix: str) -> st
 
 def help_lines(mode: str) -> list[str]:
     """One line a key: name, default, meaning."""
-    return [f"  {key:<17}{shown:<21} {f.description}" for key, shown, f in _defaults(MODES[mode])]
+    return [f"  {key:<17}{shown:<21} {f.description}" for key, shown, f in shown_defaults(MODES[mode])]
 
 
 def default_yaml() -> str:
     """What cfg/default.yaml holds: every key of `ssod train` with its default and meaning."""
     lines = ["# Every argument of `ssod train` with its default. Start your own YAML with `base: default.yaml`."]
-    for key, shown, f in _defaults(TrainConfig):
+    for key, shown, f in shown_defaults(TrainConfig):
         lines.append(f"{key + ': ' + shown:<40} # {f.description}")
     return "\n".join(lines) + "\n"
 
 
-def _defaults(model: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+def shown_defaults(model: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
     """(key, default as YAML, field); sections as one line."""
     for key, f in model.model_fields.items():
         value = f.default.model_dump() if isinstance(f.default, BaseModel) else f.default
