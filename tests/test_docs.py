@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import config_page
 import pytest
@@ -41,6 +42,15 @@ def inline(page: Path) -> list[str]:
     return [found for found in INLINE.findall(FENCED.sub("", text_of(page)).replace("\n", " ")) if "..." not in found]
 
 
+def arguments(mode: str, words: list[str]) -> dict[str, Any]:
+    """Of `ssod zoo` the first words stand without a key; to `ssod train` a `model` brings arguments of its own."""
+    bare = [word for word in words if "=" not in word and not word.startswith("-")] if mode == "zoo" else []
+    given = dict(zip(("action", "entry"), bare, strict=False)) | parse_words(words[len(bare) :])
+    if mode == "train":
+        given.pop("model", None)
+    return given
+
+
 def accept(command: str) -> None:
     """Read a command as the program would, up to where it would begin to work. Raises UserError for a mistake."""
     words = shlex.split(command, comments=True)
@@ -50,7 +60,8 @@ def accept(command: str) -> None:
     if mode == "help":
         assert set(words[1:]) <= set(SUMMARY)
     elif mode in MODES or mode == "cfg":
-        config = load_config("train" if mode == "cfg" else mode, parse_words(words[1:]))
+        given = arguments(mode, words[1:])
+        config = load_config("train" if mode == "cfg" else mode, given)
         if mode in ("train", "cfg"):
             check_options(config)
 
