@@ -3,6 +3,8 @@ arguments says what the code says."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import config_page
 import pytest
+import yaml
 
 from ssod.cli import SUMMARY
 from ssod.config import load_config, parse_words
@@ -97,6 +100,24 @@ def test_a_command_in_a_sentence_has_arguments_that_exist(command: str) -> None:
 def test_mistakes_are_found(command: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         accept(command)
+
+
+def code(page: Path, language: str) -> list[str]:
+    return [block for _, found, block in FENCED.findall(text_of(page)) if found == language]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p, "python")], ids=lambda page: str(page.relative_to(ROOT)))
+def test_programs_import_what_exists(page: Path) -> None:
+    for block in code(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ssod":
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p, "yaml")], ids=lambda page: str(page.relative_to(ROOT)))
+def test_yamls_are_mappings(page: Path) -> None:
+    assert all(isinstance(yaml.safe_load(block), dict) for block in code(page, "yaml"))
 
 
 def anchors(page: Path) -> set[str]:
