@@ -19,8 +19,8 @@ demo: $(READY)  ## train on the drawn demo set: under 4 minutes on 2 cores
 demo-full: $(READY)  ## supervised against mean_teacher, 3 seeds: 20-30 minutes on 2 cores
 	$(BIN)/python tests/bench/study.py tests/bench/grids/demo.yaml arms=supervised,mean_teacher jobs=2 out=runs/demo-full
 
-test: $(READY) lint  ## all fast tests
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## all fast tests, on up to four cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
