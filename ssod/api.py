@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ssod import zoo
 from ssod.data.sizes import Size
 from ssod.deploy.array_model import ArrayModel
 from ssod.deploy.contract import Card
@@ -50,8 +51,8 @@ class SSOD:
     """A model: trained, exported, or still to be trained.
 
     model    a checkpoint (.pt) written by `ssod train`; what `ssod export` made of it: .onnx (runs without torch),
-             .torchscript, .engine, or an OpenVINO folder; a training YAML ("coco10.yaml", your own) or the name of a
-             detector ("fcos"), to train it from scratch
+             .torchscript, .engine, or an OpenVINO folder; a name of the zoo (`ssod zoo` lists them); a training YAML
+             ("coco10.yaml", your own) or the name of a detector ("fcos"), to train it from scratch
     weights  which network of a checkpoint: "auto" (the one that scored better), "student" or "teacher"
     device   "auto", "cpu", "cuda", "cuda:0" or 0; for .onnx also "tensorrt"
 
@@ -124,7 +125,7 @@ class SSOD:
         from ssod.engine.trainer import SemiTrainer
 
         called = Callbacks(self._callbacks, callbacks or {})
-        trainer = SemiTrainer(load_config("train", self._start(given)), called)
+        trainer = SemiTrainer(load_config("train", self.train_options(given)), called)
         summary = trainer.train()
         self._data = {"data": trainer.config.data, "data_path": trainer.config.data_path}
         self.weights, self._scratch = "auto", None
@@ -144,8 +145,11 @@ class SSOD:
         Callbacks({event: function})
         self._callbacks.setdefault(event, []).append(function)
 
-    def _start(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Options of `ssod train`: what this model is, beneath what was given."""
+    def train_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options of `ssod train` that start from this model: what it is, beneath what was given.
+
+        Raises UserError for a model that cannot be trained.
+        """
         from ssod.config import merge
 
         here: dict[str, Any] = {} if self.device == "auto" else {"device": self.device}
@@ -370,7 +374,7 @@ class SSOD:
 
     def _open(self, path: Path) -> None:
         self._model = open_model(path, self.weights, self.device)
-        self.path = path
+        self.path = self._model.path  # of a zoo name, the file that it stands for
         self.names = dict(enumerate(self._model.names))
         self.card = self._model.card
 
@@ -409,11 +413,14 @@ def _from_scratch(model: str | Path) -> dict[str, Any] | None:
         return {"cfg": word}
     if word in DETECTORS:
         return {"detector": word}
+    known = zoo.entries()
+    if word in known:
+        return None
     if Path(word).name != word or Path(word).suffix or word.endswith(tuple(ENDINGS)) or Path(word).exists():
         return None
     raise UserError(
-        f"'{word}' is no model.{did_you_mean(word, DETECTORS)} Give a file (best.pt, best.onnx), a training YAML, or a "
-        f"detector to train: {', '.join(DETECTORS)}."
+        f"'{word}' is no model.{did_you_mean(word, [*DETECTORS, *known])} Give a file (best.pt, best.onnx), a training "
+        f"YAML, a name of the zoo (`ssod zoo` lists them), or a detector to train: {', '.join(DETECTORS)}."
     )
 
 

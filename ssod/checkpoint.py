@@ -1,7 +1,8 @@
 """Checkpoints: written atomically, verified when read, never able to run code.
 
 A checkpoint is an ordinary `torch.save` file of tensors and primitives whose zip comment carries the SHA-256 of
-everything before it, so `torch.load(path, weights_only=True)` reads it too. Keys:
+everything before it, so `torch.load(path, weights_only=True)` reads it too. A packed network (ssod.packed) is read as
+a checkpoint of one network. Keys:
 
     format      int, FORMAT
     spec        what rebuilds the detector: build_detector(**spec)
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from ssod.errors import UserError
+from ssod.packed import SUFFIX, is_packed, read_packed
 
 FORMAT = 1
 _MARK = b"ssod-sha256:"
@@ -74,7 +76,9 @@ def sweep(folder: Path) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether an existing file ends as ours do; `load_checkpoint` says whether it is sound."""
+    """Whether an existing file ends as ours do, or is packed; `load_checkpoint` says whether it is sound."""
+    if is_packed(path):
+        return True
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _COMMENT))
         return file.read().startswith(_MARK)
@@ -89,6 +93,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}.")
+    if path.suffix == SUFFIX:
+        try:
+            return {"format": FORMAT} | read_packed(path)
+        except UserError as error:
+            raise CheckpointError(str(error)) from None
     raw = path.read_bytes()
     if raw[-_COMMENT : -_COMMENT + len(_MARK)] != _MARK:
         known = zipfile.is_zipfile(path)

@@ -25,6 +25,7 @@ SUMMARY = {
     "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
     "check": "look over a data set before training, or measure a model",
     "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
+    "zoo": "list the trained weights that come with the package, verify one, or pack one's own",
     "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
     "help": "this text, or the arguments of a mode: ssod help train",
     "version": "print the version",
@@ -46,6 +47,7 @@ Modes
 Examples
   ssod train cfg=demo.yaml
   ssod train data=my.yaml labeled=10% strategy=mean_teacher epochs=100
+  ssod train model=runs/train/exp/weights/best.pt data=other.yaml
   ssod val model=runs/train/exp/weights/best.pt data=my.yaml
   ssod predict model=runs/train/exp/weights/best.pt source=photos/
   ssod export model=runs/train/exp/weights/best.pt format=onnx data=my.yaml
@@ -53,6 +55,7 @@ Examples
   ssod split data=my.yaml out=splits percent=10 folds=5
   ssod label model=runs/train/exp/weights/best.pt source=photos/ out=labels format=coco
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
+  ssod zoo
 
 Arguments are key=value in any order (--key value works too); sections by dots: strategy.tau=0.6.
 Defaults < cfg=FILE.yaml < command line."""
@@ -101,7 +104,11 @@ def _run(words: list[str]) -> int:
         return 0
     from ssod.config import load_config, parse_words
 
-    overrides = parse_words(rest)
+    overrides = _zoo_words(rest) if mode == "zoo" else parse_words(rest)
+    if mode == "train" and "model" in overrides:  # trained onward: detector, backbone, image size and weights are its
+        from ssod.api import SSOD
+
+        overrides = SSOD(str(overrides.pop("model"))).train_options(overrides)
     if mode == "cfg":
         return _cfg(overrides)
     run = {
@@ -113,6 +120,7 @@ def _run(words: list[str]) -> int:
         "label": _label,
         "check": _check,
         "split": _split,
+        "zoo": _zoo,
     }[mode]
     return run(load_config(mode, overrides))
 
@@ -320,6 +328,33 @@ def _label(config: Any) -> int:
     if done is not None:
         print(done.text())
         print(f"next: ssod check data={done.data_yaml}")
+    return 0
+
+
+def _zoo_words(words: list[str]) -> dict[str, Any]:
+    """`verify NAME` in front of the arguments is action=verify entry=NAME."""
+    from ssod.config import parse_words
+
+    bare = 0
+    while bare < min(2, len(words)) and "=" not in words[bare] and not words[bare].startswith("-"):
+        bare += 1
+    return dict(zip(("action", "entry"), words[:bare], strict=False)) | parse_words(words[bare:])
+
+
+def _zoo(config: Any) -> int:
+    if config.action == "list":
+        from ssod import zoo
+
+        print(zoo.text(zoo.entries()))
+        return 0
+    from ssod.engine.zoo import pack, verify
+
+    if config.action == "verify":
+        verified = verify(config)
+        print(verified.text())
+        return 0 if verified.same else 1
+    entry = pack(config)
+    print(f"next: ssod predict model={Path(config.out) / 'weights' / (entry.file or '')} source=FOLDER")
     return 0
 
 

@@ -337,6 +337,40 @@ class LabelConfig(Inference):
     verbose: bool = Field(False, description="print the traceback of an error")
 
 
+class ZooConfig(RunFolder, Data):
+    """`ssod zoo`; its first words are `action` and `entry`"""
+
+    action: Literal["list", "verify", "pack"] = Field(
+        "list", description="list; verify ENTRY: score it again; pack ENTRY: make one from model="
+    )
+    entry: str | None = Field(None, description="name in the zoo, such as bccd_fcos")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
+    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
+    batch: int = Field(8, ge=1, description="images at once")
+    model: str | None = Field(None, description="pack: checkpoint, such as runs/train/exp/weights/best.pt")
+    weights: Literal["auto", "student", "teacher"] = Field("auto", description="pack: which network; auto: the better")
+    out: str = Field("zoo", description="pack: folder of entries.json and weights/; made where it is missing")
+    trained_by: str | None = Field(None, description="pack: how it was trained, such as mean_teacher")
+    labels: str | None = Field(None, description='pack: labels it was trained with, such as "77 of 765 images (10%)"')
+    supervised_ap: float | None = Field(
+        None, ge=0, le=1, description="pack: AP 0..1 of the same network trained on those labels alone"
+    )
+    weights_licence: str = Field("Apache-2.0", description="pack: licence of the weights")
+    data_licence: str | None = Field(None, description="pack: licence of the data")
+    command: str | None = Field(None, description="pack: the command that trained it, whole")
+    commit: str | None = Field(None, description="pack: the commit of ssod that trained it")
+
+    @model_validator(mode="after")
+    def _all_there(self) -> ZooConfig:
+        packed = ("model", "trained_by", "labels", "data_licence", "command", "commit", "data")
+        needed = {"list": (), "verify": ("entry",), "pack": ("entry", *packed)}[self.action]
+        for key in needed:
+            if getattr(self, key) is None:
+                shown = "a name behind it" if key == "entry" else f"{key}="
+                raise ValueError(f"`ssod zoo {self.action}` needs {shown}: {type(self).model_fields[key].description}")
+        return self
+
+
 MODES: dict[str, type[Section]] = {
     "train": TrainConfig,
     "val": ValConfig,
@@ -346,4 +380,5 @@ MODES: dict[str, type[Section]] = {
     "split": SplitConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
+    "zoo": ZooConfig,
 }

@@ -19,23 +19,25 @@ BELOW: dict[str, set[str]] = {
     "sections": {"errors"},
     "modes": {"sections", "errors"},
     "config": {"modes", "sections", "errors", "recipe"},
-    "checkpoint": {"errors"},
+    "packed": {"errors", "files"},
+    "checkpoint": {"errors", "packed"},
     "ops": {"structures", "errors"},
     "nn": {"ops", "structures", "errors"},
     "data": {"ops", "structures", "errors"},
     "detectors": {"nn", "ops", "structures", "checkpoint", "errors"},
     "strategies": {"detectors", "nn", "ops", "structures", "dist", "config", "modes", "errors"},
+    "zoo": {"detectors", "errors", "files"},
     "deploy": {
         *("modes", "detectors", "data", "nn", "ops", "structures", "checkpoint", "config", "errors", "dist"),
-        "files",
+        *("files", "zoo"),
     },
     "engine": {
         *("strategies", "deploy", "detectors", "data", "nn", "ops", "structures", "dist", "config", "modes"),
-        *("checkpoint", "errors", "__init__", "report", "files"),
+        *("checkpoint", "errors", "__init__", "report", "files", "packed", "zoo"),
     },
-    "api": {"engine", "deploy", "detectors", "data", "config", "checkpoint", "errors"},
+    "api": {"engine", "deploy", "detectors", "data", "config", "checkpoint", "errors", "zoo"},
     "report": {"deploy", "data", "config", "errors", "files"},
-    "cli": {"engine", "deploy", "data", "config", "nn", "errors", "__init__"},
+    "cli": {"api", "engine", "deploy", "data", "config", "nn", "errors", "zoo", "__init__"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 

@@ -21,6 +21,7 @@ from ssod.detectors.base import Detector
 from ssod.errors import UserError
 from ssod.nn.precision import amp_dtype, lay_out
 from ssod.structures import Instances
+from ssod.zoo.fetch import resolve
 
 Call = Callable[[Tensor, Tensor | None], Sequence[Tensor]]
 
@@ -118,12 +119,13 @@ class Loaded:
 
 
 def load_model(path: str | Path, weights: str = "auto", device: str | int = "auto") -> Loaded:
-    """Load a checkpoint or an exported model of any format for PyTorch's side: `detect`, validation, labelling.
+    """Load a checkpoint, an exported model of any format or one of the zoo for PyTorch's side: `detect`, validation,
+    labelling.
 
     weights: "student", "teacher" or "auto"; an exported file holds one of them.
     Raises UserError for an unusable file and for a device that the machine or the format does not have.
     """
-    path = Path(path)
+    path = resolve(path)
     kind = kind_of(path)
     if kind == "checkpoint":
         detector, content = load_detector(path, weights)

@@ -8,13 +8,17 @@ from ssod.errors import UserError, did_you_mean
 
 ENDINGS = {
     ".pt": "checkpoint",
+    ".safetensors": "checkpoint",
     ".onnx": "onnx",
     ".torchscript": "torchscript",
     ".engine": "engine",
     ".xml": "openvino",
     "_openvino": "openvino",
 }
-_KNOWN = ".pt (a checkpoint), .onnx, .torchscript, .engine (TensorRT) and .xml or a folder NAME_openvino (OpenVINO)"
+_KNOWN = (
+    ".pt (a checkpoint), .safetensors (one of the zoo's), .onnx, .torchscript, .engine (TensorRT) and .xml or a folder "
+    "NAME_openvino (OpenVINO)"
+)
 
 
 def kind_of(path: str | Path) -> str:

@@ -36,6 +36,7 @@ from ssod.errors import Fault, UserError, did_you_mean
 from ssod.files import replacing
 from ssod.modes import LabelConfig
 from ssod.structures import Instances
+from ssod.zoo.fetch import resolve
 
 _POLL = 0.5  # seconds between looks for what another rank does
 
@@ -65,6 +66,7 @@ def label(config: LabelConfig) -> Labeled | None:
     Raises UserError for a source without images, unknown classes, a folder that holds labels of other settings, and
     for what an exported model cannot give.
     """
+    config = config.model_copy(update={"model": str(resolve(config.model))})
     device = _join(config)
     try:
         model = load_model(config.model, config.weights, device)

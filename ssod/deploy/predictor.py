@@ -19,6 +19,7 @@ from ssod.deploy.sources import Source, is_live, pictures
 from ssod.deploy.stream import Stream
 from ssod.deploy.tiles import Tiling
 from ssod.errors import UserError, did_you_mean
+from ssod.zoo.fetch import resolve
 
 if TYPE_CHECKING:
     from ssod.deploy.exported import Loaded
@@ -59,12 +60,13 @@ def open_arrays(path: Path, device: str | int = "auto") -> ArrayModel:
 
 
 def open_model(path: str | Path, weights: str = "auto", device: str | int = "auto") -> ArrayModel | Loaded:
-    """Open a model for a Predictor, its format by the ending: see ssod.deploy.formats.
+    """Open a model for a Predictor, its format by the ending (see ssod.deploy.formats), or one of the zoo by its name.
 
     Raises UserError for a file that cannot be used, another network than that in it, and a missing device.
     """
+    path = resolve(path)
     if kind_of(path) in ("onnx", "openvino"):
-        model = open_arrays(Path(path), device)
+        model = open_arrays(path, device)
         check_weights(model.card, path, weights)
         return model
     from ssod.deploy.exported import load_model
@@ -75,7 +77,8 @@ def open_model(path: str | Path, weights: str = "auto", device: str | int = "aut
 class Predictor:
     """Detect objects on images.
 
-    model    a checkpoint written by `ssod train`, a model written by `ssod export`, or one that `open_model` opened
+    model    a checkpoint written by `ssod train`, a model written by `ssod export`, a name of the zoo, or a model that
+             `open_model` opened
     weights  "auto", "student" or "teacher"
     device   "auto", "cpu", "cuda", "cuda:0" or 0; for .onnx also "tensorrt"
     imgsz    long side of the image, pixels; None = as trained

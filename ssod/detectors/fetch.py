@@ -6,10 +6,12 @@ import hashlib
 import http.client
 import os
 import re
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +82,7 @@ def fetch(address: str, url_of: UrlOf = published_url) -> Path:
             raise UserError(f"weights={address}: {path} is damaged, its SHA-256 is not {wanted}...; remove it.")
         return path
     try:
-        found = _download(url, path, wanted)
+        found = download(url, path, wanted)
     except (OSError, http.client.HTTPException) as error:  # no network, no such host, a broken connection, a full disk
         reason = getattr(error, "reason", error)
         raise UserError(f"weights={address}: {url} could not be downloaded ({reason}). {way_out}") from error
@@ -89,15 +91,30 @@ def fetch(address: str, url_of: UrlOf = published_url) -> Path:
     return path
 
 
-def _download(url: str, path: Path, wanted: str) -> str:
-    """Write `url` to `path` if its SHA-256 begins with `wanted`; return the SHA-256."""
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as source:
+class _StaysHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            fp.close()
+            raise urllib.error.URLError(f"it leads on to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url: str, path: Path, wanted: str, limit: int | None = None) -> str:
+    """Write `url` to `path` if its SHA-256 begins with `wanted`; return the SHA-256.
+
+    limit  bytes of the file at most. Raises OSError where it is larger or cannot be had, and leaves nothing behind.
+    """
+    digest, size = hashlib.sha256(), 0
+    opener = urllib.request.build_opener(_StaysHttps)
+    with opener.open(url, timeout=TIMEOUT) as source:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with open(temporary, "xb") as file:
                 while chunk := source.read(CHUNK):
+                    size += len(chunk)
+                    if limit is not None and size > limit:
+                        raise OSError(f"it is larger than the {limit} bytes that it should be")
                     digest.update(chunk)
                     file.write(chunk)
                 file.flush()

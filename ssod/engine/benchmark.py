@@ -32,6 +32,7 @@ from ssod.deploy.predictor import Predictor, open_model
 from ssod.engine.run import new_run
 from ssod.errors import Fault, UserError
 from ssod.modes import BenchmarkConfig, ExportConfig
+from ssod.zoo.fetch import resolve
 
 if TYPE_CHECKING:
     from ssod.data.samples import Dataset
@@ -89,7 +90,7 @@ def benchmark(config: BenchmarkConfig, say: Say = print) -> Report:
     and where no model at all could be measured.
     """
     load = os.getloadavg()[0]  # of others: this program has done nothing yet
-    given = [Path(p) for p in ([config.model] if isinstance(config.model, str) else config.model)]
+    given = [resolve(p) for p in ([config.model] if isinstance(config.model, str) else config.model)]
     for path in given:
         if kind_of(path) == "checkpoint" and not path.exists():
             raise UserError(f"there is no checkpoint {path}. Give model=FILE, as written by `ssod train`.")

@@ -36,6 +36,7 @@ from ssod.engine.evaluate import evaluate
 from ssod.engine.setup import data_yaml, load_split
 from ssod.errors import Fault, UserError
 from ssod.modes import ExportConfig
+from ssod.zoo.fetch import in_zoo, resolve
 
 MULTIPLE = 32
 SUFFIX = {"onnx": ".onnx", "engine": ".engine", "torchscript": ".torchscript", "openvino": "_openvino"}
@@ -61,7 +62,7 @@ def export(config: ExportConfig, say: Say = print) -> Made:
     Raises UserError for what cannot be exported, Fault for an export that finds other things than the detector.
     """
     check_installed()
-    model = Path(config.model)
+    model = resolve(config.model)
     detector, content = load_detector(model, config.weights)
     card = _card(config, detector, content, model)
     out = _out(config, model, card)
@@ -146,7 +147,8 @@ def _out(config: ExportConfig, model: Path, card: Card) -> Path:
     suffix = SUFFIX[config.format]
     kind = "" if card.precision == "fp32" else f".{card.precision}"
     kind += ".tensorrt" if config.format == "onnx" and card.target == "tensorrt" else ""
-    out = model.with_name(f"{model.stem}{kind}{suffix}") if config.out is None else Path(config.out)
+    beside = Path(model.name) if in_zoo(model) else model
+    out = beside.with_name(f"{model.stem}{kind}{suffix}") if config.out is None else Path(config.out)
     if not out.name.endswith(suffix):
         raise UserError(f"out={out}: a file of format={config.format} is named NAME{suffix}.")
     if not out.parent.is_dir():

@@ -20,6 +20,7 @@ from ssod.detectors.base import Detector
 from ssod.modes import CheckConfig, TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import Instances, Pyramid
+from ssod.zoo.fetch import resolve
 
 BOXES = 7  # per image, as in COCO
 STEPS = 3  # timed, after one to warm up
@@ -116,14 +117,15 @@ def operations(detector: Detector, images: Tensor) -> tuple[int, Pyramid]:
 def _detector(config: CheckConfig) -> tuple[Detector, Size]:
     """The detector and the size it is meant for."""
     assert config.model is not None
-    suffix = Path(config.model).suffix
+    model = str(resolve(config.model))
+    suffix = Path(model).suffix
     if suffix in (".yaml", ".yml"):
         train: TrainConfig = load_config("train", {"cfg": config.model})
         body: dict[str, Any] = {"frozen_norm": bool(train.frozen_norm), "freeze": train.freeze}
         name, backbone, options, size = train.detector.name, train.backbone, train.detector.options, train.imgsz
         return build_detector(name, config.num_classes, backbone, options, **body), size
-    if suffix or "/" in config.model:
-        content = load_checkpoint(config.model)
+    if suffix or "/" in model:
+        content = load_checkpoint(model)
         return build_detector(**content["spec"]), content["imgsz"]
     return build_detector(config.model, config.num_classes, config.backbone), 640
 

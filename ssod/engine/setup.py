@@ -18,10 +18,12 @@ from ssod.data.split.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
 from ssod.detectors.convert import WeightsReport, load_weights, read_weights
+from ssod.detectors.fetch import SCHEME
 from ssod.errors import UserError
 from ssod.modes import TrainConfig
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
+from ssod.zoo.fetch import resolve
 
 
 @dataclass
@@ -161,7 +163,7 @@ def check_options(config: TrainConfig) -> None:
 def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]:
     """The detector with its starting weights, and a sentence about them."""
     source = _teacher_files(config)[0] if config.teacher_weights else config.weights
-    found = None if source is None else read_weights(source)
+    found = None if source is None else read_weights(_file(source))
     frozen = config.frozen_norm
     if frozen is None:
         frozen = found is not None and found.frozen_norm
@@ -196,7 +198,7 @@ def load_teachers(strategy: Strategy, files: Sequence[str], names: list[str]) ->
     if len(files) != len(pairs):
         raise UserError(f"teacher_weights names {len(files)} files for {len(pairs)} teachers; give one for each.")
     for file, (student, teacher) in zip(files, pairs, strict=True):
-        report = load_weights(student, read_weights(file), names)
+        report = load_weights(student, read_weights(_file(file)), names)
         if not isinstance(report, WeightsReport) or len(report.classes.pairs) < len(names):
             raise UserError(
                 f"teacher_weights={file} is no finished teacher ({report}): give a detector trained on these classes, "
@@ -205,6 +207,11 @@ def load_teachers(strategy: Strategy, files: Sequence[str], names: list[str]) ->
         teacher.load_state_dict(student.state_dict())
         notes.append(str(report))
     return "teacher: " + "; ".join(notes)
+
+
+def _file(source: str) -> str:
+    """What `read_weights` takes: of a zoo name its file, of torchvision://NAME itself."""
+    return source if source.startswith(SCHEME) else str(resolve(source))
 
 
 def _teacher_files(config: TrainConfig) -> list[str]:
