@@ -59,7 +59,7 @@ def _by_operator(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
 def _by_pixels(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
     table, pixel, weight = _recipe(maps, boxes, image, size)
     cells = _WeightedRows.apply(table, pixel.int(), weight.to(table.dtype))
-    return cells.view(boxes.shape[0], size, size, -1).permute(0, 3, 1, 2)
+    return cells.view(boxes.shape[0], size, size, table.shape[1]).permute(0, 3, 1, 2)
 
 
 def _by_gathers(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
