@@ -146,7 +146,7 @@ def test_endings(model: Path, tmp_path: Path) -> None:
 
     shutil.copy(model, tmp_path / "student.onnx")
     assert "x.onx ends in .onx. Did you mean '.onnx'" in said("x.onx")
-    assert "Models are .pt (a checkpoint), .onnx, .torchscript, .engine (TensorRT) and .xml" in said("x.gguf")
+    assert "Models are .pt (a checkpoint), .safetensors (one of the zoo's), .onnx, .torchscript, " in said("x.gguf")
     assert "has no ending" in said("best")
     assert "there is no model" in said("studnet.onnx")
     assert "Did you mean 'student.onnx'" in said("studnet.onnx")
