@@ -20,7 +20,7 @@ SUMMARY = {
     "train": "train a student on labelled and unlabelled images",
     "val": "COCO (and Pascal VOC) metrics of a checkpoint on a split",
     "predict": "detect objects on images and videos",
-    "export": "write a checkpoint as ONNX, TensorRT engine, TorchScript or OpenVINO, and prove it finds the same",
+    "export": "write a checkpoint as ONNX, TensorRT engine, TorchScript or OpenVINO, compared with it before it counts",
     "benchmark": "size, AP and speed of a model in each of its formats, on this machine",
     "label": "pseudo labels of a checkpoint for any number of images, as COCO, YOLO or VOC",
     "check": "look over a data set before training, or measure a model",

@@ -128,8 +128,7 @@ def _translations() -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The exporter talks of its own progress and of its own deprecations, to whoever listens (a test runner does) at
-    some length: it takes half of the time then."""
+    """The exporter talks of its progress and of its own deprecations, at length to a listener such as a test runner."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export", "torch.__trace")]
     levels = [g.level for g in loggers]
     with (

@@ -53,7 +53,7 @@ CARD = Card(
 )
 SLOW = pytest.mark.slow
 FIXED = (192, 256)
-# A graph for any size takes several times as long to write.
+# A graph for any size takes more than twice as long to write.
 ALL = [
     *(pytest.param((n, "tensorrt", FIXED), id=f"{n}-tensorrt-fixed") for n in SMALL if n != "faster_rcnn"),
     pytest.param(("faster_rcnn", "tensorrt", FIXED), id="faster_rcnn-tensorrt-fixed", marks=SLOW),
