@@ -136,8 +136,8 @@ class SSOD:
     def add_callback(self, event: str, function: Callable[[State], object]) -> None:
         """Call `function(state)` at a place of every later training run, behind those added before.
 
-        event  on_train_start, on_pseudo_labels, on_step_end, on_burn_in_end, on_val_end, on_save or on_train_end:
-               ssod.engine.callbacks.EVENTS says when; State in the same file is what the function is told
+        event  on_train_start, on_pseudo_labels, on_step_end, on_log, on_burn_in_end, on_val_end, on_save or
+               on_train_end: ssod.engine.callbacks.EVENTS says when; State in the same file is what the function is told
         An exception in it ends the run with a Fault that names it. Raises UserError for another event.
         """
         from ssod.engine.callbacks import Callbacks

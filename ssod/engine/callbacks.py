@@ -22,6 +22,7 @@ EVENTS = {
     "on_train_start": "before the first step",
     "on_pseudo_labels": "after a step with unlabelled images: what the teacher saw on them",
     "on_step_end": "after every step",
+    "on_log": "with every row of results.csv: what is in it",
     "on_burn_in_end": "once, when the supervised start is over and validated",
     "on_val_end": "after every validation",
     "on_save": "when a checkpoint has been written",
@@ -54,8 +55,8 @@ class State:
     folder   the run folder
     trainer  everything else; what is changed there changes the run
     metrics  of the last validation: {"student": {"AP": ..., "per_class": {...}}, "teacher": ...}; {} before the first
-    losses   on_step_end: each loss of the step ("sup/cls", ...), already weighted; else {}
-    stats    on_step_end: other numbers of the step that the log has ("pseudo/per_image", "pseudo/tau", ...); else {}
+    losses   on_step_end: each loss of the step ("sup/cls", ...), already weighted; on_log: their means; else {}
+    stats    the same of the other numbers that the log has ("pseudo/per_image", "pseudo/tau", ...); else {}
     pseudo   on_pseudo_labels: an entry for each unlabelled image of the step; none with strategies that draw no boxes
              (sed) or take them from labelled images, too (comining); else []
     file     on_save: the checkpoint; else None
@@ -98,6 +99,11 @@ class Callbacks:
             )
         self._of.setdefault(event, []).append(function)
 
+    def precede(self, events: Mapping[str, Callback]) -> None:
+        """Add functions that are called before all others."""
+        for event, function in events.items():
+            self._of.setdefault(event, []).insert(0, function)
+
     def __call__(self, event: str, trainer: SemiTrainer, **more: Any) -> None:
         """Raises Fault, with its cause, where a callback raises; no other is called any more then."""
         functions = self._of.get(event, [])
@@ -109,6 +115,8 @@ class Callbacks:
         for function in functions:
             try:
                 function(state)
+            except UserError:  # it stops the run on purpose
+                raise
             except Exception as error:
                 self._of = {}  # the checkpoint that a failing run writes is no reason to call more of them
                 name = getattr(function, "__qualname__", type(function).__name__)
@@ -133,10 +141,12 @@ class Callbacks:
             pseudo, self._pseudo, self._unlabeled = self._pseudo, [], False
             self("on_pseudo_labels", trainer, pseudo=pseudo)
         if "on_step_end" in self._of:
-            figures = self._figures.read()
-            losses = {k: v for k, v in figures.items() if k.startswith(("sup/", "unsup/"))}
-            stats = {k: v for k, v in figures.items() if k not in losses}
-            self("on_step_end", trainer, losses=losses, stats=stats)
+            self.figures("on_step_end", trainer, self._figures.read())
+
+    def figures(self, event: str, trainer: SemiTrainer, values: dict[str, float]) -> None:
+        """Call an event that has numbers, the losses apart from the others."""
+        losses = {k: v for k, v in values.items() if k.startswith(("sup/", "unsup/"))}
+        self(event, trainer, losses=losses, stats={k: v for k, v in values.items() if k not in losses})
 
 
 def _in_source(every: list[Instances], view: View) -> list[Instances]:

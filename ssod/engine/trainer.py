@@ -20,9 +20,9 @@ from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
-from ssod.engine.diagnose import Starvation
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
+from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.setup import build, build_data, check_options
@@ -55,8 +55,10 @@ class SemiTrainer:
         self.signals = SignalWatch()
         self._since_best = 0
         self._saved = -1  # step of last.pt
+        self.log: Logger | None = None  # while it trains
         try:
             self._prepare()
+            self.observers = build_observers(self)
             if resumed is not None:
                 self._restore(resumed, folder)
         except BaseException:
@@ -64,6 +66,8 @@ class SemiTrainer:
                 unlock_run(folder)
             raise
         self.folder = folder or dist.from_main(self._new_folder)
+        for observer in reversed(self.observers):
+            self.callbacks.precede(observer.events())
 
     def _new_folder(self) -> Path:
         folder = new_run(self.config.project, "train", self.config.name, self.config.exist_ok)
@@ -99,7 +103,7 @@ class SemiTrainer:
         if dist.is_main():
             (self.folder / "args.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
-        log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
+        self.log = log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
         try:
             with self.signals:
                 self._loop(log)
@@ -108,15 +112,23 @@ class SemiTrainer:
             return summary
         finally:
             log.close()
+            self.log = None
             dist.close()
             unlock_run(self.folder)
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the progress bar while there is one."""
+        if self.log is not None:
+            self.log.say(text)
+        elif dist.is_main():
+            print(text)
 
     def _loop(self, log: Logger) -> None:
         config, plan = self.config, self.plan
         for line in [*config.notes, *self.data.notes, self.note, self._headline()]:
             log.say(line)
         wrapped = dist.wrap(self.strategy, self.device)
-        averages, starvation, skipped = Averages(), Starvation(self.data.unlabeled != []), 0
+        averages, skipped = Averages(), 0
         every = max(1, min(50, plan.iters // 100))
         self.callbacks("on_train_start", self)
         started = time.monotonic()
@@ -139,10 +151,9 @@ class SemiTrainer:
                 self.step += 1
                 self.callbacks.step_end(self)
                 if self.step % every == 0 or self.step == plan.iters:
-                    values = averages.read() | {"lr": lr}
-                    log.row(self.step, values | {"seconds": time.monotonic() - started})
-                    if alarm := starvation.look(values):
-                        log.say(alarm)
+                    values = averages.read() | {"lr": lr, "seconds": time.monotonic() - started}
+                    log.row(self.step, values)
+                    self.callbacks.figures("on_log", self, values)
                 if self._is_due():
                     self._validate(log)
                     if self.step == plan.burn_in and self.data.unlabeled:
@@ -321,6 +332,7 @@ class SemiTrainer:
                 "since_best": self._since_best,
                 "history": self.history,
                 "bad": self.bad,
+                "observers": {o.name: o.state_dict() for o in self.observers},
             }
         weights = self.folder / "weights"
         save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
@@ -342,6 +354,9 @@ class SemiTrainer:
             torch.cuda.set_rng_state_all(train["rng_cuda"])
         self.step, self.best, self._since_best = train["step"], train["best"], train["since_best"]
         self.history, self.bad = train["history"], train["bad"]
+        for observer in self.observers:
+            if state := train.get("observers", {}).get(observer.name):  # an older version watched less
+                observer.load_state_dict(state)
 
     def _headline(self) -> str:
         c, plan = self.config, self.plan

@@ -1,0 +1,37 @@
+"""What watches a run and changes nothing in it: diagnosis, audit, the film of pseudo labels.
+
+An observer is told what the user's callbacks are told (ssod.engine.callbacks), before them, and keeps what it knows in
+the checkpoint, so that a resumed run goes on watching where it stopped. A new one is a class here in the list.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ssod.engine.callbacks import Callback
+
+if TYPE_CHECKING:
+    from ssod.engine.trainer import SemiTrainer
+
+
+class Observer:
+    """Base: watches nothing. It may raise UserError to stop the run; it never draws from the global random numbers."""
+
+    name = ""  # its key in the checkpoint
+
+    def events(self) -> dict[str, Callback]:
+        """The functions to call, by event."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+
+
+def build_observers(trainer: SemiTrainer) -> list[Observer]:
+    """The observers that the config asks for."""
+    from ssod.engine.diagnose import Diagnosis
+
+    return [Diagnosis(trainer)]
