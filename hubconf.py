@@ -10,8 +10,7 @@ padded at the right and the bottom, and `sizes` [B, 2], how much of each is imag
 B `Instances`: boxes float32 [N, 4] xyxy pixels, labels int64 [N], scores float32 [N] 0..1, by descending score. Modules
 of trained weights are in eval mode, the others in train mode.
 
-Nothing is downloaded, but for names of the zoo whose weights do not come with the package. There is no `strategy=`: how
-a network was trained leaves no trace in what it is; `ssod zoo` tells of each entry.
+Nothing is downloaded, but for names of the zoo whose weights do not come with the package.
 """
 
 from __future__ import annotations
@@ -30,31 +29,51 @@ if TYPE_CHECKING:
 
 
 def fcos(
-    num_classes: int | None = None, backbone: str | None = None, pretrained: str | bool = False, **options: _Any
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    pretrained: str | bool = False,
+    strategy: str | None = None,
+    data: str | None = None,
+    **options: _Any,
 ) -> _Module:
     """FCOS; see `_detector`, which says what the arguments mean."""
-    return _detector("fcos", num_classes, backbone, pretrained, options)
+    return _detector("fcos", num_classes, backbone, pretrained, strategy, data, options)
 
 
 def retinanet(
-    num_classes: int | None = None, backbone: str | None = None, pretrained: str | bool = False, **options: _Any
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    pretrained: str | bool = False,
+    strategy: str | None = None,
+    data: str | None = None,
+    **options: _Any,
 ) -> _Module:
     """RetinaNet; see `_detector`, which says what the arguments mean."""
-    return _detector("retinanet", num_classes, backbone, pretrained, options)
+    return _detector("retinanet", num_classes, backbone, pretrained, strategy, data, options)
 
 
 def faster_rcnn(
-    num_classes: int | None = None, backbone: str | None = None, pretrained: str | bool = False, **options: _Any
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    pretrained: str | bool = False,
+    strategy: str | None = None,
+    data: str | None = None,
+    **options: _Any,
 ) -> _Module:
     """Faster R-CNN; see `_detector`, which says what the arguments mean."""
-    return _detector("faster_rcnn", num_classes, backbone, pretrained, options)
+    return _detector("faster_rcnn", num_classes, backbone, pretrained, strategy, data, options)
 
 
 def deformable_detr(
-    num_classes: int | None = None, backbone: str | None = None, pretrained: str | bool = False, **options: _Any
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    pretrained: str | bool = False,
+    strategy: str | None = None,
+    data: str | None = None,
+    **options: _Any,
 ) -> _Module:
     """Deformable DETR; see `_detector`, which says what the arguments mean."""
-    return _detector("deformable_detr", num_classes, backbone, pretrained, options)
+    return _detector("deformable_detr", num_classes, backbone, pretrained, strategy, data, options)
 
 
 def custom(path: str | _Path, weights: str = "auto", device: str | int = "cpu") -> _Module:
@@ -79,22 +98,33 @@ def predictor(model: str | _Path, **how: _Any) -> _Predictor:
 
 
 def _detector(
-    name: str, num_classes: int | None, backbone: str | None, pretrained: str | bool, options: dict[str, _Any]
+    name: str,
+    num_classes: int | None,
+    backbone: str | None,
+    pretrained: str | bool,
+    strategy: str | None,
+    data: str | None,
+    options: dict[str, _Any],
 ) -> _Module:
     """A detector.
 
     num_classes  None: 80, or as many as the pretrained weights know; another number keeps all but the class head, which
                  starts anew
     backbone     timm's name; None: resnet50, or that of the weights
-    pretrained   a name of the zoo whose detector this is; False: random weights
+    pretrained   a name of the zoo whose detector this is; True: the one entry of this detector that `strategy`, `data`
+                 and `backbone` leave; False: random weights
+    strategy     of pretrained weights: what they were trained by, such as "mean_teacher"
+    data         of pretrained weights: what they were trained on, such as "bccd" or "bccd.yaml"
     options      of the detector, as in a training YAML: fpn_channels=128, ...
-    Raises UserError for unknown names and options, and for weights that do not fit.
+    Raises UserError for unknown names and options, for weights that do not fit, where not exactly one entry is asked
+    for, and for `strategy` or `data` of random weights.
     """
     from ssod.detectors import build_detector
 
     if pretrained is False:
+        _refuse_untrained(name, strategy=strategy, data=data)
         return build_detector(name, 80 if num_classes is None else num_classes, backbone or "resnet50", options)
-    entry = _entry_of(name, pretrained)
+    entry = _entry_of(name, pretrained, strategy, data, backbone)
     if num_classes in (None, len(entry.names)) and backbone in (None, entry.backbone) and not options:
         return custom(entry.name)
     from ssod.detectors.convert import load_weights, read_weights
@@ -109,15 +139,55 @@ def _detector(
     return detector.eval()
 
 
-def _entry_of(name: str, pretrained: str | bool) -> _Any:
-    from ssod import zoo
+def _refuse_untrained(name: str, **given: str | None) -> None:
     from ssod.errors import UserError
 
-    fitting = [e.name for e in zoo.entries().values() if e.detector == name]
-    if pretrained in fitting:
-        return zoo.find(str(pretrained))
-    there = f"choose one of {', '.join(fitting)}" if fitting else f"there is none of {name} so far"
-    raise UserError(f"pretrained={pretrained!r} does not name weights of {name} in the zoo: {there}.")
+    for key, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{key}={value!r}: a {name} of random weights has seen no {key}. Leave {key}= out, or ask for weights "
+                "of the zoo with pretrained=True."
+            )
+
+
+def _entry_of(name: str, pretrained: str | bool, strategy: str | None, data: str | None, backbone: str | None) -> _Any:
+    """The entry of the zoo that is asked for, by its name or by what it is."""
+    from ssod import zoo
+    from ssod.errors import UserError, did_you_mean
+
+    here = {e.name: e for e in zoo.entries().values() if e.detector == name}
+    there = f"it has {'; '.join(map(_about, here.values()))}" if here else f"there is none of {name} so far"
+    asked = {"strategy": strategy, "data": data}
+    if pretrained is True:
+        asked["backbone"] = backbone  # of a named entry another backbone may be tried: what fits is loaded
+    elif pretrained not in here:
+        near = did_you_mean(str(pretrained), here)
+        raise UserError(f"pretrained={pretrained!r} does not name weights of {name} in the zoo: {there}.{near}")
+    given = {key: value for key, value in asked.items() if value is not None}
+    fitting = {e.name: e for e in here.values() if all(value in _words(e)[key] for key, value in given.items())}
+    wish = " and ".join(f"{key}={value!r}" for key, value in given.items())
+    if pretrained is not True:
+        if pretrained not in fitting:
+            raise UserError(f"pretrained={pretrained!r} contradicts {wish}: it is {_about(here[str(pretrained)])}.")
+        return fitting[str(pretrained)]
+    if not fitting:
+        raise UserError(f"the zoo has no {name}{' with ' + wish if wish else ''}: {there}.")
+    if len(fitting) > 1:
+        raise UserError(
+            f"pretrained=True{' with ' + wish if wish else ''} fits {len(fitting)} of the zoo's {name}; give the name "
+            f"of one as pretrained=, or what tells them apart: {'; '.join(map(_about, fitting.values()))}."
+        )
+    return next(iter(fitting.values()))
+
+
+def _words(entry: _Any) -> dict[str, tuple[str, ...]]:
+    """What an entry may be asked for by; its data with and without the ending of the YAML."""
+    data = (entry.data, entry.data.removesuffix(".yaml"))
+    return {"strategy": (entry.strategy,), "data": data, "backbone": (entry.backbone,)}
+
+
+def _about(entry: _Any) -> str:
+    return f"{entry.name} ({entry.strategy} on {entry.data}, {entry.backbone})"
 
 
 def _zoo_entry(name: str, about: str) -> _Any:

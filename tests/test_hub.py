@@ -135,24 +135,18 @@ print(*sorted(m for m in set(sys.modules) - before if m.split(".")[0] not in sys
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="session")
-def with_entry(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone whose zoo holds one entry: a network of random weights, and its checkpoint beside."""
-    folder = tmp_path_factory.mktemp("zoo") / "clone"
-    subprocess.run(["git", "clone", "-q", str(repository), str(folder)], check=True)
-    torch.manual_seed(0)
-    detector = build_detector("fcos", 2, "mobilenetv3_small_050", {"fpn_channels": 32})
+def packed(folder: Path, name: str, strategy: str, data: str, detector: torch.nn.Module) -> dict[str, object]:
+    """Put a network of two classes into the zoo of a clone, and return the content of a checkpoint of it."""
     names, spec = ["cat", "dog"], detector.spec
     content = {"format": FORMAT, "spec": spec, "names": names, "imgsz": 64, "use": "student", "metrics": {}}
     content["networks"] = {"student": detector.state_dict()}
-    save_checkpoint(content, folder / "best.pt")
     home = folder / "ssod" / "zoo"
-    path = home / "weights" / "demo_fcos.safetensors"
+    path = home / "weights" / f"{name}.safetensors"
     write_packed(content, path, {})
     entry = zoo.Entry(
-        name="demo_fcos",
-        data="shapes",
-        strategy="mean_teacher",
+        name=name,
+        data=data,
+        strategy=strategy,
         labels="10%",
         ap=0.5,
         supervised_ap=None,
@@ -169,6 +163,33 @@ def with_entry(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         file=path.name,
     )
     zoo.add(entry, home)
+    return content
+
+
+@pytest.fixture(scope="session")
+def with_entry(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone whose zoo holds one entry more: a network of random weights, and its checkpoint beside."""
+    folder = tmp_path_factory.mktemp("zoo") / "clone"
+    subprocess.run(["git", "clone", "-q", str(repository), str(folder)], check=True)
+    (folder / "ssod" / "zoo" / "entries.json").write_text("[]")  # what comes with the package is no matter of this test
+    torch.manual_seed(0)
+    detector = build_detector("fcos", 2, "mobilenetv3_small_050", {"fpn_channels": 32})
+    save_checkpoint(packed(folder, "demo_fcos", "mean_teacher", "shapes", detector), folder / "best.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_several(with_entry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That clone, with two more of other strategies and data, and one of another detector."""
+    folder = tmp_path_factory.mktemp("several") / "clone"
+    shutil.copytree(with_entry, folder)
+    torch.manual_seed(1)
+    for name, strategy, data, kind, backbone in (
+        ("cells_fcos", "mean_teacher", "bccd.yaml", "fcos", "mobilenetv3_small_050"),
+        ("cells_fcos_rpl", "rpl", "bccd.yaml", "fcos", "mobilenetv3_small_075"),
+        ("cells_rcnn", "soft_teacher", "bccd.yaml", "faster_rcnn", "mobilenetv3_small_050"),
+    ):
+        packed(folder, name, strategy, data, build_detector(kind, 2, backbone, {"fpn_channels": 32}))
     return folder
 
 
@@ -189,13 +210,13 @@ assert changed and all("cls_logits" in k for k in changed), changed
 import numpy as np
 results = load("predictor", "demo_fcos", conf=0.0)(np.zeros((48, 80, 3), np.uint8))
 assert results[0].orig_shape == (48, 80) and list(results[0].names) in ([0, 1], ["cat", "dog"])
-for wrong in (True, "demo_fcso"):
-    try:
-        load("fcos", pretrained=wrong)
-    except Exception as error:
-        assert "choose one of demo_fcos" in str(error), error
-    else:
-        raise AssertionError(wrong)
+assert torch.equal(load("fcos", pretrained=True)(images, conf=0.0)[0].scores, scores[0])  # the only one there is
+try:
+    load("fcos", pretrained="demo_fcso")
+except Exception as error:
+    assert "Did you mean 'demo_fcos'" in str(error), error
+else:
+    raise AssertionError
 try:
     load("retinanet", pretrained="demo_fcos")
 except Exception as error:
@@ -203,3 +224,51 @@ except Exception as error:
 """
     hub(with_entry, WITHOUT + code, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pretrained_weights_are_picked_by_strategy_data_and_backbone(with_several: Path, tmp_path: Path) -> None:
+    code = """
+def same(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+for name, asked in {
+    "demo_fcos": [{"data": "shapes"}, {"strategy": "mean_teacher", "data": "shapes"}],
+    "cells_fcos": [{"strategy": "mean_teacher", "data": "bccd"}, {"strategy": "mean_teacher", "data": "bccd.yaml"}],
+    "cells_fcos_rpl": [{"strategy": "rpl"}, {"backbone": "mobilenetv3_small_075"}],
+}.items():
+    for words in asked:
+        model = load("fcos", pretrained=True, **words)
+        assert same(model, load(name)) and not model.training, (name, words)
+assert same(load("faster_rcnn", pretrained=True), load("cells_rcnn"))
+assert same(load("fcos", pretrained="cells_fcos", strategy="mean_teacher", data="bccd"), load("cells_fcos"))
+three = load("fcos", 3, pretrained=True, strategy="rpl")
+assert three.num_classes == 3
+old, new = load("cells_fcos_rpl").state_dict(), three.state_dict()
+changed = {k for k in old if old[k].shape != new[k].shape or not torch.equal(old[k], new[k])}
+assert changed and all("cls_logits" in k for k in changed), changed
+"""
+    hub(with_several, WITHOUT + code, tmp_path)
+
+
+def test_what_no_one_entry_fits_is_said(with_several: Path, tmp_path: Path) -> None:
+    """Names of what there is, in one sentence, and nothing loaded instead."""
+    code = """
+for name, words, said in (
+    ("fcos", {"pretrained": True}, ["fits 3 of", "demo_fcos (", "cells_fcos (", "cells_fcos_rpl ("]),
+    ("fcos", {"pretrained": True, "strategy": "mean_teacher"}, ["fits 2 of", "on shapes", "on bccd.yaml"]),
+    ("fcos", {"pretrained": True, "strategy": "sed"}, ["no fcos with strategy='sed'", "rpl on bccd.yaml"]),
+    ("fcos", {"pretrained": True, "backbone": "resnet18"}, ["no fcos with backbone='resnet18'", "demo_fcos"]),
+    ("retinanet", {"pretrained": True}, ["no retinanet", "none of retinanet so far"]),
+    ("fcos", {"pretrained": "cells_fcos", "strategy": "rpl"}, ["contradicts strategy='rpl'", "(mean_teacher on bccd"]),
+    ("fcos", {"pretrained": "cells_rcnn"}, ["does not name weights of fcos"]),
+    ("fcos", {"strategy": "mean_teacher"}, ["random weights has seen no strategy", "pretrained=True"]),
+    ("deformable_detr", {"data": "bccd"}, ["random weights has seen no data"]),
+):
+    try:
+        load(name, **words)
+    except ValueError as error:
+        assert all(part in str(error) for part in said), (words, str(error))
+    else:
+        raise AssertionError(words)
+"""
+    hub(with_several, WITHOUT + code, tmp_path)
