@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if verbose:
             raise
-        print(f"ssod: {error}", file=sys.stderr)
+        print(f"{_who()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ssod: interrupted.", file=sys.stderr)
@@ -90,8 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Fault, OSError) as error:
         if verbose:
             raise
-        print(f"ssod: {error}", file=sys.stderr)
+        print(f"{_who()}: {error}", file=sys.stderr)
         return 1
+
+
+def _who() -> str:
+    """Who says a sentence: of several processes, which."""
+    rank = os.environ.get("RANK", "0")
+    return "ssod" if rank == "0" else f"ssod, rank {rank}"
 
 
 def _run(words: list[str]) -> int:
@@ -122,7 +128,13 @@ def _run(words: list[str]) -> int:
         "split": _split,
         "zoo": _zoo,
     }[mode]
-    return run(load_config(mode, overrides))
+    config = load_config(mode, overrides)
+    if mode in ("train", "label"):
+        from ssod.engine.launch import devices_of, launch, launched
+
+        if len(devices := devices_of(config.device)) > 1 and not launched():
+            return launch(mode, rest, devices, getattr(config, "restarts", 0))
+    return run(config)
 
 
 def _mode(words: list[str]) -> tuple[str, list[str]]:

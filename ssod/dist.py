@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -45,6 +45,38 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def agree(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values, on every rank."""
+    if not td.is_initialized():
+        return value
+    largest = torch.tensor(value, device=device)
+    td.all_reduce(largest, td.ReduceOp.MAX)
+    return int(largest)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Put the mean over all ranks into each tensor, in one message; they are of one dtype and device."""
+    if not td.is_initialized() or not tensors:
+        return
+    flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors])) / td.get_world_size()
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
+
+def gather(value: T) -> list[T]:
+    """What each rank has, rank by rank, on every rank. Values are pickled."""
+    found: list[Any] = [value] * world()
+    if td.is_initialized():
+        td.all_gather_object(found, value)
+    return found
+
+
+def store() -> td.Store:
+    """A connection of its own to the launcher's key-value store: another thread may use it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return td.PrefixStore("ssod", td.TCPStore(address, port, is_master=False))
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; the tensor itself where there is one rank."""
     if td.is_initialized():
@@ -53,11 +85,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; the others do not call it."""
-    made = [make() if is_main() else None]
+    """What `make` returns on rank 0, on every rank; the others do not call it. What it raises, all raise."""
+    made: list[Any] = [None, None]
+    if is_main():
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
     if td.is_initialized():
         td.broadcast_object_list(made)
-    return made[0]  # type: ignore[return-value]
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
 
 
 def barrier() -> None:

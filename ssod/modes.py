@@ -129,6 +129,9 @@ class TrainConfig(RunFolder, Inference, Data):
     plots: bool = Field(True, description="draw curves and predictions into the run folder")
     seed: int = Field(0, ge=0, description="seed of the split, the weights and every draw")
     deterministic: bool = Field(True, description="prefer bit-equal results to the last bit of speed")
+    restarts: int = Field(
+        0, ge=0, description="device=0,1: how often a run that failed is started again, from its last checkpoint"
+    )
     resume: bool | str = Field(
         False, description="true: the newest unfinished run of `name`; or a checkpoint or folder"
     )

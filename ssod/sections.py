@@ -65,7 +65,7 @@ class RunFolder(Section):
 class Inference(Section):
     """How raw predictions become detections, and on what."""
 
-    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0; train, label: 0,1 for several")
     workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
     imgsz: ImageSize = Field(640, description="long side of the image, pixels; or [short, long], both at most")
     conf: float = Field(0.05, ge=0, le=1, description="lowest score of a detection")

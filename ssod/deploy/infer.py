@@ -130,6 +130,10 @@ def to_source(found: Instances, matrix: torch.Tensor, shape: tuple[int, int]) ->
 
 def pick_device(choice: str | int) -> torch.device:
     """auto -> cuda if there is one, else cpu. Raises UserError for a device this machine does not have."""
+    if "," in str(choice):
+        raise UserError(
+            f"device={choice}: several devices are for the commands `ssod train` and `ssod label`; give one."
+        )
     name = f"cuda:{choice}" if isinstance(choice, int) or choice.isdigit() else choice
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ssod import dist
 from ssod.data.samples import Sample
 from ssod.deploy.exported import Exported
 from ssod.deploy.infer import Inference, detect
@@ -60,10 +61,7 @@ def coco_truth(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any
 
 
 def coco_rows(found: Iterable[tuple[int, Instances]]) -> np.ndarray:
-    """Detections as float64 rows [M, 7]: image id, x, y, w, h, score, category id.
-
-    Raises UserError for a score or box that is not finite: pycocotools would rank NaN first and score AP 1.0.
-    """
+    """Detections as float64 rows [M, 7]: image id, x, y, w, h, score, category id."""
     rows = [np.zeros((0, 7))]
     for index, d in found:
         assert d.scores is not None
@@ -73,21 +71,21 @@ def coco_rows(found: Iterable[tuple[int, Instances]]) -> np.ndarray:
         rows.append(
             np.hstack([ids, boxes[:, :2], size, d.scores.double().numpy()[:, None], d.labels.numpy()[:, None] + 1.0])
         )
-    table = np.concatenate(rows)
-    if not np.isfinite(table).all():
-        bad = int((~np.isfinite(table).all(1)).sum())
-        raise UserError(
-            f"{bad} of {len(table)} detections have a score or box that is not finite: the network has diverged. "
-            "Start again from an earlier checkpoint with a lower lr0."
-        )
-    return table
+    return np.concatenate(rows)
 
 
 def coco_metrics(truth: dict[str, Any], rows: np.ndarray, backend: str | None = None) -> Metrics:
     """The twelve COCO figures and AP per class. backend: "pycocotools", "faster" or None (the fastest installed).
 
     With no detections every figure is 0 (NaN where nothing is annotated).
+    Raises UserError for a score or box that is not finite: pycocotools would rank NaN first and score AP 1.0.
     """
+    if not np.isfinite(rows).all():
+        bad = int((~np.isfinite(rows).all(1)).sum())
+        raise UserError(
+            f"{bad} of {len(rows)} detections have a score or box that is not finite: the network has diverged. "
+            "Start again from an earlier checkpoint with a lower lr0."
+        )
     names = [c["name"] for c in truth["categories"]]
     coco_class, eval_class = _backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -143,7 +141,8 @@ def evaluate(
 ) -> Metrics:
     """Detect on `samples` and score against their annotations, in source image pixels.
 
-    An image that cannot be read counts as one without detections; `bad` receives its (path, reason).
+    An image that cannot be read counts as one without detections; `bad` receives its (path, reason). Of several ranks
+    each looks at its share of the images; all have the result.
 
     Raises UserError when the detector has another number of classes (pycocotools would score -1), or is not finite.
     """
@@ -151,4 +150,21 @@ def evaluate(
         raise UserError(
             f"the model knows {detector.num_classes} classes and the data have {len(names)} ({', '.join(names)})."
         )
-    return coco_metrics(coco_truth(samples, names), coco_rows(detect(detector, samples, how, bad)))
+    rows = detections(detector, samples, how, bad)
+    return dist.from_main(lambda: coco_metrics(coco_truth(samples, names), rows))
+
+
+def detections(
+    detector: Detector | Exported,
+    samples: Sequence[Sample],
+    how: Inference,
+    bad: list[tuple[str, str]] | None = None,
+) -> np.ndarray:
+    """Rows of `coco_rows` of all samples, on every rank; each rank has looked at its share of them."""
+    own = range(dist.rank(), len(samples), dist.world())
+    unread: list[tuple[str, str]] = []
+    found = detect(detector, [samples[i] for i in own] if dist.world() > 1 else samples, how, unread)
+    parts = dist.gather((coco_rows((own[i], d) for i, d in found), unread))
+    if bad is not None:
+        bad += [b for _, more in parts for b in more]
+    return np.concatenate([r for r, _ in parts])

@@ -15,6 +15,7 @@ from ssod.errors import UserError
 from ssod.modes import TrainConfig
 
 _held: dict[Path, IO[str]] = {}  # run folders this process holds
+LAUNCH = ".launch"  # in the run folder: the launch it belongs to, so that a restart by the launcher finds it
 
 
 def new_run(project: str, mode: str, name: str, exist_ok: bool) -> Path:
@@ -26,6 +27,8 @@ def new_run(project: str, mode: str, name: str, exist_ok: bool) -> Path:
         folder = base.with_name(f"{base.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     lock_run(folder)
+    if (launch := _launch()) is not None:
+        (folder / LAUNCH).write_text(launch, encoding="utf-8")
     return folder
 
 
@@ -58,12 +61,14 @@ def unlock_run(folder: Path) -> None:
 
 def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None, TrainConfig]:
     """(run folder or None, what to resume or None, config). A resumed run keeps its own config, but may be longer,
-    and on another device."""
+    and on another device. A run that the launcher has started again goes on from its checkpoint, where it has one."""
     from ssod.checkpoint import load_last_good, sweep  # brings torch, and predicting with an .onnx file needs none
 
-    if not config.resume:
+    folder = _restarted_run(config)
+    if folder is None and not config.resume:
         return None, None, config
-    folder = _last_run(config.project, config.name) if config.resume is True else _resume_folder(str(config.resume))
+    if folder is None:
+        folder = _last_run(config.project, config.name) if config.resume is True else _resume_folder(str(config.resume))
     lock_run(folder)
     sweep(folder / "weights")
     content, said = load_last_good(folder / "weights")
@@ -71,7 +76,7 @@ def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None
         print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
     values = dict(content["train"]["config"])
     given = config.model_fields_set
-    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience"}:
+    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience", "restarts"}:
         values[key] = getattr(config, key)
     if given & {"iters", "epochs"}:
         values |= {"iters": config.iters, "epochs": config.epochs}
@@ -90,6 +95,22 @@ def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None
 
 def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _launch() -> str | None:
+    """What tells a launch by torchrun from others, over its restarts and on all its machines; None without it."""
+    if (launch := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return None
+    return launch if launch != "none" else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _restarted_run(config: TrainConfig) -> Path | None:
+    """The folder, with a checkpoint, of the run that this is a restart of; None where it is none."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    marks = (Path(config.project) / "train").glob(f"{config.name}*/{LAUNCH}")
+    found = [m.parent for m in marks if m.read_text(encoding="utf-8") == _launch()]
+    return next((f for f in found if any((f / "weights").glob("*.pt"))), None)
 
 
 def _last_run(project: str, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 
@@ -14,11 +15,15 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
+TWICE = 1.0  # seconds; what comes sooner is the same request: a launcher hands on what its workers have heard, too
+
+
 class SignalWatch:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one, later than TWICE, ends the process at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None  # the signal that came
+        self._since = 0.0
         self.old: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -30,9 +35,11 @@ class SignalWatch:
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = number, now
+        elif now - self._since > TWICE:
             raise KeyboardInterrupt
-        self.asked = number
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items():

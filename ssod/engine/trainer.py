@@ -20,15 +20,18 @@ from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
+from ssod.engine.diagnosis.clock import DataClock
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger
 from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
+from ssod.engine.pulse import Pulse
 from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.setup import build, build_data, check_options
 from ssod.engine.signals import SignalWatch, Stopped
 from ssod.errors import Fault, UserError
 from ssod.modes import TrainConfig
+from ssod.nn.held import running_statistics
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
 
@@ -89,6 +92,7 @@ class SemiTrainer:
         self.dtype = amp_dtype(config.amp, self.device, self.strategy)
         lay_out(self.strategy, self.dtype)
         self.optimizer = build_optimizer(self.strategy, config)
+        self.statistics = running_statistics(self.strategy)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.strong = pipeline(config.augment.strong, config.imgsz, "strong")
         self.painter: Painter | None = None
@@ -105,8 +109,8 @@ class SemiTrainer:
             (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
         self.log = log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
         try:
-            with self.signals:
-                self._loop(log)
+            with self.signals, Pulse() as pulse:
+                self._loop(log, pulse)
             summary = self._finish(log)
             self.callbacks("on_train_end", self)
             return summary
@@ -123,17 +127,17 @@ class SemiTrainer:
         elif dist.is_main():
             print(text)
 
-    def _loop(self, log: Logger) -> None:
+    def _loop(self, log: Logger, pulse: Pulse) -> None:
         config, plan = self.config, self.plan
-        for line in [*config.notes, *self.data.notes, self.note, self._headline()]:
+        for line in [*config.notes, *self.data.notes, str(self.note), self._headline()]:
             log.say(line)
         wrapped = dist.wrap(self.strategy, self.device)
         averages, skipped = Averages(), 0
         every = max(1, min(50, plan.iters // 100))
         self.callbacks("on_train_start", self)
-        started = time.monotonic()
+        started, clock = time.monotonic(), DataClock()
         try:
-            for batches in self._batches():
+            for batches in clock.over(self._batches()):
                 first, end = plan.stage(self.step)
                 if self.step == first > 0:
                     self.optimizer.state.clear()  # the student of stage two starts as from a file: without momentum
@@ -149,15 +153,19 @@ class SemiTrainer:
                     )
                 log.step(self.step)
                 self.step += 1
+                pulse.step()
                 self.callbacks.step_end(self)
                 if self.step % every == 0 or self.step == plan.iters:
                     values = averages.read() | {"lr": lr, "seconds": time.monotonic() - started}
+                    values["time/data"] = clock.read()
                     log.row(self.step, values)
                     self.callbacks.figures("on_log", self, values)
                 if self._is_due():
+                    pulse.rest()
                     self._validate(log)
                     if self.step == plan.burn_in and self.data.unlabeled:
                         self.callbacks("on_burn_in_end", self)
+                    clock.restart()
                     if 0 < config.patience <= self._since_best and end == plan.iters:
                         log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
                         break
@@ -165,8 +173,8 @@ class SemiTrainer:
                     self._save("last.pt")
                 if config.save_period and self.step % config.save_period == 0:
                     self._save(f"step{self.step}.pt")
-                if self.signals.asked is not None:
-                    raise Stopped(self.signals.asked)
+                if asked := dist.agree(self.signals.asked or 0, self.device):  # all ranks stop after the same step
+                    raise Stopped(asked)
         except BaseException:
             if self.step and skipped == 0:
                 self._save("last.pt")
@@ -187,6 +195,9 @@ class SemiTrainer:
             self.scaler.scale(total).backward()
             averages.add({**out.losses, **out.stats})
             self.callbacks.note(self, moved, out)
+            for observer in self.observers:
+                observer.note(moved, out)
+        dist.average(self.statistics)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit, foreach=True)
@@ -276,16 +287,17 @@ class SemiTrainer:
             networks = {self.config.eval_on: networks[self.config.eval_on]}
         elif self.step < self.plan.burn_in:
             networks = {"student": self.strategy.student}  # the teacher has not begun
-        scores: dict[str, Metrics] = {}
+        bad: list[tuple[str, str]] = []
+        scores: dict[str, Metrics] = {
+            name: evaluate(network, self.data.val, self.data.names, how, bad)
+            for name, network in (networks | self.strategy.together()).items()
+        }
+        for path, reason in dict(bad).items():
+            if path not in self.bad_val:
+                log.say(f"WARNING: {path} cannot be read ({reason}); validation counts it as without detections.")
+        self.bad_val.update(bad)
+        self._record(scores, log)
         if dist.is_main():
-            bad: list[tuple[str, str]] = []
-            for name, network in (networks | self.strategy.together()).items():
-                scores[name] = evaluate(network, self.data.val, self.data.names, how, bad)
-            for path, reason in dict(bad).items():
-                if path not in self.bad_val:
-                    log.say(f"WARNING: {path} cannot be read ({reason}); validation counts it as without detections.")
-            self.bad_val.update(bad)
-            self._record(scores, log)
             self.callbacks("on_val_end", self)
         dist.barrier()
 
@@ -383,6 +395,8 @@ class SemiTrainer:
             "unreadable": self.bad | self.bad_val,
             "history": self.history,
         }
+        for observer in self.observers:
+            summary |= observer.summary()
         if dist.is_main():
             (self.folder / "metrics.json").write_text(json.dumps(_no_nan(summary), indent=1), encoding="utf-8")
             if self.config.plots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -39,3 +39,10 @@ def statistics_held(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Means and variances [C] that the batch norms of `module` learn; none of those that are frozen."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    learning = [m for m in norms if m.weight is None or m.weight.requires_grad]
+    return [t for m in learning for t in (m.running_mean, m.running_var) if t is not None]
