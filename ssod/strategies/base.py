@@ -6,15 +6,18 @@ step, `after_step`. This base is the supervised control; its hooks are what othe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ssod.detectors.base import Detector
 from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
-from ssod.structures import Instances, SemiBatch
+from ssod.strategies.verdicts import FLOOR, Verdict, looking, unjudged
+from ssod.structures import Instances, SemiBatch, View
 
 
 class StrategyOptions(BaseModel):
@@ -65,6 +68,7 @@ class Strategy(nn.Module):
     needs_unlabeled = True  # a run without any unlabelled image is refused, where they are used at all
     mines = False  # whether objects without annotation are looked for in partly labelled images
     two_stages = False  # burn-in is stage one: a training of its own, which `teacher_weights` may replace
+    unjudged = "the strategy does not say which boxes it learns from"  # the verdict on every box, without `judge`
     teacher: Detector | None
 
     def __init__(self, student: Detector, options: StrategyOptions, plan: Plan, with_teacher: bool) -> None:
@@ -102,7 +106,13 @@ class Strategy(nn.Module):
             if step == self.plan.burn_in - 1:
                 self._ema.copy()
         else:
-            self._ema.update(ema_decay_at(step, self.plan.ema_decay))
+            decay = self.decay_at(step)
+            assert decay is not None
+            self._ema.update(decay)
+
+    def decay_at(self, step: int) -> float | None:
+        """Of the teacher's moving average at a step after burn-in; None where the teacher stays as it is."""
+        return ema_decay_at(step, self.plan.ema_decay)
 
     def train(self, mode: bool = True) -> Strategy:
         super().train(mode)
@@ -126,3 +136,38 @@ class Strategy(nn.Module):
     def by_class(self) -> dict[str, Tensor]:
         """Numbers of each class [K] worth a curve each, by name: drawn and kept at every validation."""
         return {}
+
+    def verdicts(self, views: Iterable[View], step: int) -> list[Verdict]:
+        """What is found in weak views after `step` steps, and what the student would learn from it: one an image.
+        During burn-in it is the student that finds.
+
+        views  of unlabelled images; where the strategy mines, of partly labelled ones, too
+        The strategy decides by its state as it is, and nothing of this changes, nor do the global random numbers.
+        """
+        by = self.student if self.teacher is None or step < self.plan.burn_in else self.teacher
+        with looking([self.student]):
+            return self.judge([found for view in views for found in self.detections(view, by)])
+
+    def lowest(self) -> float:
+        """The score up to which no detection is looked at."""
+        return FLOOR
+
+    def detections(self, view: View, by: Detector) -> list[Instances]:
+        """What `judge` judges: the detections of one of the networks, also such as are too unsure to be looked at."""
+        return self.label(view, min(FLOOR, self.lowest()), by)
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        """The verdict on what `detections` gave, of all images."""
+        return [unjudged(f, self.unjudged) for f in found]
+
+    @torch.no_grad()
+    def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
+        """What one of the networks detects in a view above conf, in its pixels, as this strategy makes pseudo boxes of
+        it: with its NMS, and the scores that its thresholds are held against. For those who watch: changes nothing,
+        where `by` is in eval mode."""
+        return by.decode(by.head(by.features(view.images, view.sizes)), conf=conf, iou=0.6, max_det=100)
+
+    def thresholds_in_force(self) -> Tensor | None:
+        """The score [K] from which a box of each class is a pseudo box as things stand; None where there is no such
+        threshold, or not yet. For those who watch: changes nothing."""
+        return None

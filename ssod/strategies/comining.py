@@ -9,6 +9,7 @@ Only partly labelled images are mined; unlabelled ones, where a run has them, ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,18 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasRegions, HasSlots
 from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix, nms
-from ssod.ops.views import between, map_instances
+from ssod.ops.views import into_view
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
+from ssod.strategies.verdicts import FLOOR, Verdict, judged, looking, scores
 from ssod.structures import DenseOutput, Instances, SemiBatch, View
 
 Two = tuple[View, View]
+# Of a detection, by whether its object is annotated; None: it is not sure enough to ask.
+_REASONS = {
+    False: "its class score is above tau {tau:.2f}, and nobody has annotated it: teaches the other view",
+    True: "an annotated box of its class overlaps it by more than theta2 {theta2:.2f}: no new object",
+    None: "its class score does not reach tau {tau:.2f}: background where nothing is annotated",
+}
 
 
 class CoMining(Strategy):
@@ -80,13 +88,64 @@ class CoMining(Strategy):
         """
         wanted = [w and self.options.mine for w in wanted]
         found = self.mine(outputs[0], views[0], wanted), self.mine(outputs[1], views[1], wanted)
-        mined = moved(found[1], views[1], views[0]), moved(found[0], views[0], views[1])
+        mined = into_view(found[1], views[1], views[0]), into_view(found[0], views[0], views[1])
         losses: dict[str, Tensor] = {}
         for output, view, new in zip(outputs, views, mined, strict=True):
             targets = [joined(y, p) for y, p in zip(view.targets, new, strict=True)]
             for name, value in self.student.loss(output, targets).items():
                 losses[name] = losses[name] + value if name in losses else value
         return losses, [p for new in mined for p, w in zip(new, wanted, strict=True) if w]
+
+    @torch.no_grad()
+    def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
+        output = by.head(by.features(view.images, view.sizes))
+        return confident(by, output, conf, self.options.theta1, self.options.max_boxes)
+
+    def thresholds_in_force(self) -> Tensor | None:
+        return torch.full((self.student.num_classes,), self.options.tau) if self.options.mine else None
+
+    def verdicts(self, views: Iterable[View], step: int) -> list[Verdict]:
+        """What each view gives to the other one: the boxes that are kept are those of `mine`.
+
+        views  of partly labelled images with their annotations, `complete` telling them from others; without
+               `complete`, of unlabelled images
+        """
+        out: list[Verdict] = []
+        o = self.options
+        with looking([self.student]):
+            for view in views:
+                output = self.student_output(view)
+                sure = confident(self.student, output, o.tau, o.theta1, o.max_boxes)
+                every = self.student.decode(output, FLOOR, o.theta1, o.max_boxes)
+                out += map(self._verdict, sure, every, view.targets, self._unmined(view, step))
+        return out
+
+    def _unmined(self, view: View, step: int) -> list[str]:
+        """Why nothing is mined in each image; empty where something may be."""
+        if not self.options.mine:
+            return ["strategy.mine=false: annotations alone teach"] * len(view)
+        if view.complete is None:
+            return [""] * len(view)
+        if step < self.options.mine_from:
+            return [f"partly labelled images are mined from step {self.options.mine_from}"] * len(view)
+        return ["" if partly else "every object counts as annotated" for partly in partly_labeled(view)]
+
+    def _verdict(self, sure: Instances, every: Instances, annotated: Instances, unmined: str) -> Verdict:
+        """sure: what `mine` looks at; every: all detections, of which those with a class score below tau are added."""
+        o = self.options
+        doubtful = every[~overlapping(every, sure, o.theta1)]
+        known = overlapping(sure, annotated, o.theta2)
+        kept = torch.cat([~known, known.new_zeros(len(doubtful))])
+        reasons = [_REASONS[k].format(**o.model_dump()) for k in known.tolist()]
+        reasons += [_REASONS[None].format(**o.model_dump())] * len(doubtful)
+        if unmined:
+            kept, reasons = torch.zeros_like(kept), [unmined] * len(kept)
+        found = Instances.cat([sure, doubtful])
+        order = scores(found).argsort(descending=True, stable=True)
+        found, kept, reasons = found[order], kept[order], [reasons[i] for i in order.tolist()]
+        return judged(
+            found, kept, Instances(found.boxes[kept], found.labels[kept]), reasons, self.thresholds_in_force()
+        )
 
     @torch.no_grad()
     def mine(self, output: Any, view: View, wanted: list[bool]) -> list[Instances]:
@@ -130,7 +189,7 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
     if isinstance(detector, HasSlots):
         every = detector.slots(output).logits[-1, 0].numel()  # not cut off before the NMS
         found = detector.decode(output, tau, theta1, every)
-        return [f[nms(f.boxes, _scores(f), f.labels, theta1)[:most]] for f in found]
+        return [f[nms(f.boxes, scores(f), f.labels, theta1)[:most]] for f in found]
     assert isinstance(output, DenseOutput)
     bound = torch.tensor(tau).logit().item()
     sure = output.logits.masked_fill(output.logits <= bound, -torch.inf)
@@ -139,15 +198,13 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
 
 def unannotated(found: Instances, annotated: Instances, theta2: float) -> Instances:
     """Boxes of one image that overlap no annotated box of the same class by more than theta2."""
-    overlap = iou_matrix(found.boxes, annotated.boxes.float())  # [N, M]
-    known = (overlap > theta2) & (found.labels[:, None] == annotated.labels)
-    return found[~known.any(dim=1)]
+    return found[~overlapping(found, annotated, theta2)]
 
 
-def moved(found: list[Instances], of: View, into: View) -> list[Instances]:
-    """Boxes in one view's pixels -> in those of the other; what is clipped away there is dropped."""
-    matrices = between(of.matrices, into.matrices)  # [B, 3, 3]
-    return [map_instances(f, matrices[i], into.sizes[i])[0] for i, f in enumerate(found)]
+def overlapping(found: Instances, others: Instances, bound: float) -> Tensor:
+    """bool [N]: which boxes of one image overlap another box of the same class by more than `bound`."""
+    overlap = iou_matrix(found.boxes, others.boxes.float())  # [N, M]
+    return ((overlap > bound) & (found.labels[:, None] == others.labels)).any(dim=1)
 
 
 def joined(annotated: Instances, mined: Instances) -> Instances:
@@ -168,10 +225,5 @@ def statistics(mined: list[Instances], name: str) -> dict[str, Tensor | float]:
         f"{name}/share": sum(c > 0 for c in counts) / len(counts),
     }
     if any(counts):
-        stats[f"{name}/score"] = torch.cat([_scores(m) for m in mined]).mean()
+        stats[f"{name}/score"] = torch.cat([scores(m) for m in mined]).mean()
     return stats
-
-
-def _scores(found: Instances) -> Tensor:
-    assert found.scores is not None
-    return found.scores

@@ -25,12 +25,13 @@ from ssod.errors import UserError
 from ssod.nn.held import parameters_held, statistics_held
 from ssod.ops.distill import foreground_weight
 from ssod.ops.half import half_size
-from ssod.ops.pseudo import above
+from ssod.ops.pseudo import above, reaches
 from ssod.strategies.aux_head import copied_classifier, with_classifier
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.foreground import JUDGED
 from ssod.strategies.pairing import Paired, pair
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.strategies.verdicts import Verdict, compared, judged, scores
 from ssod.structures import Candidates, Instances, SemiBatch, View, Weights
 
 
@@ -67,9 +68,9 @@ class LSM(TeacherStudent):
         assert batch.strong is not None
         options = self.options
         seen = self.teacher_output(batch.weak)
-        found = self.decode(seen, options.alpha if options.pim else options.tau)
+        found = self.decode(seen, self.lowest())
         mapped = self.to_strong(batch, found)
-        tau = torch.full_like(self.label_counts, options.tau)  # [K]
+        tau = self.thresholds_in_force()
         targets = [as_targets(above(m, tau)) for m in mapped]
         output = self.student_output(batch.strong)
         losses = self.student.loss(output, targets) | self.across_scales(batch, seen)
@@ -90,6 +91,33 @@ class LSM(TeacherStudent):
             out.losses["distill"] = ramp * options.distill_weight * loss
             out.stats["distill/per_image"] = chosen / len(mapped)
         return out
+
+    def thresholds_in_force(self) -> Tensor:
+        """Of the main classifier; the auxiliary one learns from alpha on."""
+        return torch.full_like(self.label_counts, self.options.tau)
+
+    def lowest(self) -> float:
+        return self.options.alpha if self.options.pim else self.options.tau
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        """Boxes from alpha to tau are kept, too: they teach the auxiliary classifier, and boxes at half size."""
+        tau, alpha = self.thresholds_in_force(), torch.full_like(self.label_counts, self.lowest())
+        verdicts = []
+        for f in found:
+            mined = scores(f) > self.lowest()
+            main = mined & reaches(f, tau)
+            reasons = compared(f, tau[f.labels], main, "tau")
+            low = compared(f, alpha[f.labels], mined, "alpha", below=": background")
+            for i in (~main).nonzero().flatten().tolist():
+                if not self.options.pim:
+                    reasons[i] += ": background"
+                elif mined[i]:
+                    reasons[i] += f" and reaches alpha {self.options.alpha:.2f}: teaches at half size only"
+                else:
+                    reasons[i] = low[i]
+            kept = mined if self.options.pim else main
+            verdicts.append(judged(f, kept, as_targets(f[kept]), reasons, tau))
+        return verdicts
 
     def twin(self) -> Detector:
         """The student with F_aux in the place of F_main."""

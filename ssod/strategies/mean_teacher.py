@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.detectors.base import Detector
-from ssod.ops.pseudo import BINS, above, below, ignore_within, matching_thresholds, score_histogram
+from ssod.ops.pseudo import BINS, above, below, ignore_within, matching_thresholds, reaches, score_histogram
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.strategies.verdicts import Verdict, compared, judged, scores
 from ssod.structures import Instances, SemiBatch
 
 MOMENTUM = 0.99  # of the running statistics behind tau=auto: about the last 100 steps
@@ -64,7 +65,6 @@ class MeanTeacher(TeacherStudent):
         return self.step_output(losses, step, detections, targets, tau)
 
     def lowest(self) -> float:
-        """The score below which no detection is looked at."""
         tau, low = self.options.tau, self.options.tau_low
         if tau == "auto":
             return low
@@ -81,8 +81,33 @@ class MeanTeacher(TeacherStudent):
         dist.all_reduce_sum(seen)
         self.score_counts.mul_(MOMENTUM).add_(seen[:-1].view(k, BINS))
         self.score_images.mul_(MOMENTUM).add_(seen[-1])
+        return self._matching(self.score_counts / self.score_images)
+
+    def _matching(self, per_image: Tensor) -> Tensor:
+        """tau [K] for so many detections an image by class and score, [K, BINS]."""
         wanted = self.label_counts / self.label_images.clamp(min=1)
-        return matching_thresholds(self.score_counts / self.score_images, wanted, options.tau_low, options.tau_high)
+        return matching_thresholds(per_image, wanted, self.options.tau_low, self.options.tau_high)
+
+    def thresholds_in_force(self) -> Tensor | None:
+        if self.options.tau != "auto":
+            return torch.full_like(self.label_counts, self.options.tau)
+        return self._matching(self.score_counts / self.score_images) if self.score_images > 0 else None
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        tau, lowest = self.thresholds_in_force(), self.lowest()
+        automatic = self.options.tau == "auto"
+        if tau is None:  # before the first step that a teacher takes part in
+            seen = [f[scores(f) > lowest] for f in found]
+            tau = self._matching(score_histogram(seen, self.student.num_classes) / len(found))
+        after = ": neither object nor background" if self.options.ignore else ": background"
+        verdicts = []
+        for f in found:
+            kept = reaches(f, tau) & (scores(f) > lowest)
+            reasons = compared(f, tau[f.labels], kept, "its class's threshold" if automatic else "tau", below=after)
+            for i in (scores(f) <= lowest).nonzero().flatten().tolist():
+                reasons[i] = f"score {scores(f)[i]:.2f} is below {lowest:.2f}, where nothing is looked at: background"
+            verdicts.append(judged(f, kept, self.as_targets(f[kept]), reasons, tau))
+        return verdicts
 
     def as_targets(self, pseudo: Instances) -> Instances:
         """Hard targets: a pseudo box counts like an annotation; without `box_loss` only for the class."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
-from ssod.ops.pseudo import above
+from ssod.ops.pseudo import above, reaches
 from ssod.strategies.balance import Balance, BalanceOptions
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.reliability import Reliability, WeakView, judge
 from ssod.strategies.teacher_student import TeacherStudent
+from ssod.strategies.verdicts import Verdict, compared, judged, scores
 from ssod.structures import Candidates, Instances, SemiBatch, Weigh, Weights
 
 CLASSLESS = ("rpn", "encoder")  # stages that tell objects from background only: neither LER nor PRC speaks of them
@@ -56,9 +57,9 @@ class PRC(TeacherStudent):
     def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
-        tau, alpha = self.balance.thresholds(self.options.tau), self.balance.weights()
+        tau, alpha = self.thresholds_in_force(), self.balance.weights()
         seen = self.teacher_output(batch.weak)
-        found = self.decode(seen, self.balance.lowest(self.options.tau))
+        found = self.decode(seen, self.lowest())
         pseudo = [above(d, tau) for d in found]
         targets = [self.as_targets(d) for d in self.to_strong(batch, pseudo)]
         output = self.student_output(batch.strong)
@@ -72,6 +73,20 @@ class PRC(TeacherStudent):
         if self.balance.active:
             out.stats |= self.balance.stats(tau, alpha)
         return out
+
+    def lowest(self) -> float:
+        return self.balance.lowest(self.options.tau)
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        """Weights by class go into those of the boxes; what PRC thinks of each candidate of the student does not."""
+        tau, alpha = self.thresholds_in_force(), self.balance.weights()
+        name = "its class's threshold" if self.options.gamma1 else "tau"
+        verdicts = []
+        for f in found:
+            kept = reaches(f, tau) & (scores(f) > self.lowest())
+            reasons = compared(f, tau[f.labels], kept, name, below=": background")
+            verdicts.append(judged(f, kept, self.as_targets(f[kept]), reasons, tau, alpha))
+        return verdicts
 
     def as_targets(self, pseudo: Instances) -> Instances:
         """Hard targets, in the box loss as heavy as their s_loc (Eq. 11)."""
@@ -95,6 +110,9 @@ class PRC(TeacherStudent):
             return Weights(cls, box, learn_quality=False)
 
         return weigh
+
+    def thresholds_in_force(self) -> Tensor:
+        return self.balance.thresholds(self.options.tau)
 
     def by_class(self) -> dict[str, Tensor]:
         return self.balance.by_class(self.options.tau) if self.balance.active else {}

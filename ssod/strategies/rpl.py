@@ -18,11 +18,12 @@ from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
 from ssod.nn.ema import Ema, frozen_copy
-from ssod.ops.pseudo import above
+from ssod.ops.pseudo import above, reaches
 from ssod.strategies.balance import Balance, BalanceOptions
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.ensemble import Together, fuse
 from ssod.strategies.teacher_student import TeacherStudent
+from ssod.strategies.verdicts import Verdict, compared, judged
 from ssod.structures import Instances, SemiBatch, View
 
 LOWEST = 0.05  # score below which no box of the teacher is looked at; thresholds are far above
@@ -84,7 +85,7 @@ class RPL(TeacherStudent):
         assert batch.strong is not None
         seen = self.outputs(batch.weak)
         detections = self.detect(seen, LOWEST)
-        tau, alpha = self.balance.thresholds(self.options.tau), self.balance.weights()
+        tau, alpha = self.thresholds_in_force(), self.balance.weights()
         targets = [above(m, tau) for m in self.to_strong(batch, detections)]
         losses = self.learn(batch.strong, targets, alpha) | self.across_scales(batch, *seen)
         out = self.step_output(losses, step, detections, targets, tau)
@@ -104,6 +105,17 @@ class RPL(TeacherStudent):
             detections = teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
             found.append([self._confident(d) for d in detections])
         return found[0] if len(found) == 1 else fuse(found, conf, self.options.nms, self.options.max_boxes)
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        tau, alpha = self.thresholds_in_force(), self.balance.weights()
+        name = "its class's threshold" if self.options.gamma1 else "tau"
+        what = {"p": "score", "pv": "certainty p*v", "sqrt_pv": "certainty sqrt(p*v)"}[self.options.threshold_on]
+        verdicts = []
+        for f in found:
+            kept = reaches(f, tau)
+            reasons = compared(f, tau[f.labels], kept, name, what, ": background")
+            verdicts.append(judged(f, kept, f[kept], reasons, tau, alpha))
+        return verdicts
 
     def learn(self, view: View, targets: list[Instances], alpha: Tensor | None) -> dict[str, Tensor]:
         """Losses of each student on a view, the second one's as "2/NAME", foreground weighted by alpha [K]."""
@@ -136,8 +148,12 @@ class RPL(TeacherStudent):
         for average in self._averages:
             if step == self.plan.burn_in - 1:
                 average.copy()
-            elif step >= self.plan.burn_in and self.options.teacher == "ema":
-                average.update(self.plan.ema_decay)  # no warm-up: the teacher is a trained network
+            elif step >= self.plan.burn_in and (decay := self.decay_at(step)) is not None:
+                average.update(decay)
+
+    def decay_at(self, step: int) -> float | None:
+        """Without a warm-up: the teacher is a trained network."""
+        return self.plan.ema_decay if self.options.teacher == "ema" else None
 
     def train(self, mode: bool = True) -> RPL:
         super().train(mode)
@@ -152,6 +168,16 @@ class RPL(TeacherStudent):
     def together(self) -> dict[str, Detector]:
         students = [student for student, _ in self.pairs()]
         return {"students": Together(students)} if len(students) > 1 else {}
+
+    @torch.no_grad()
+    def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
+        """By the teacher: what all teachers make of it together."""
+        if by is self.teacher:
+            return self.detect(self.outputs(view), conf)
+        return [self._confident(d) for d in super().label(view, conf, by)]
+
+    def thresholds_in_force(self) -> Tensor:
+        return self.balance.thresholds(self.options.tau)
 
     def by_class(self) -> dict[str, Tensor]:
         return self.balance.by_class(self.options.tau)

@@ -18,7 +18,7 @@ from ssod.errors import UserError
 from ssod.nn.held import statistics_held
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import class_counts
-from ssod.ops.views import between, map_instances
+from ssod.ops.views import between, into_view
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.distillation import Distillation
 from ssod.structures import Instances, SemiBatch, View
@@ -82,13 +82,17 @@ class TeacherStudent(Strategy):
         """Detections of the teacher's raw output that score above conf, by descending score, without gradient."""
         return self.teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
 
+    @torch.no_grad()
+    def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
+        output = by.head(by.features(view.images, view.sizes))
+        return by.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+
     def to_strong(self, batch: SemiBatch, detections: list[Instances]) -> list[Instances]:
         """Detections in the weak view -> in the strong view's pixels, with their scores, quality and weights; those
         clipped away are dropped."""
         assert batch.weak is not None
         assert batch.strong is not None
-        matrices = between(batch.weak.matrices, batch.strong.matrices)  # [B, 3, 3]
-        return [map_instances(d, matrices[i], batch.strong.sizes[i])[0] for i, d in enumerate(detections)]
+        return into_view(detections, batch.weak, batch.strong)
 
     def across_scales(self, batch: SemiBatch, *seen: Any) -> dict[str, Tensor]:
         """Losses "half/NAME": the student on the strong view at half size against the teacher on the weak view at full
@@ -121,6 +125,7 @@ class TeacherStudent(Strategy):
         count = sum(map(len, used))
         stats: dict[str, Tensor | float] = {
             "pseudo/per_image": count / len(used),
+            "pseudo/above_per_image": _reaching(found, tau) / len(found),
             "pseudo/kept": count / max(sum(map(len, found)), 1),
             "pseudo/labeled_per_image": (self.label_counts.sum() / self.label_images.clamp(min=1)),
             "pseudo/tau": tau.mean() if isinstance(tau, Tensor) else tau,
@@ -131,6 +136,12 @@ class TeacherStudent(Strategy):
     def ramp(self, step: int) -> float:
         """0..1, linear over `ramp` steps after burn-in."""
         return min(1.0, (step - self.plan.burn_in + 1) / self.options.ramp) if self.options.ramp else 1.0
+
+
+def _reaching(found: list[Instances], tau: Tensor | float) -> Tensor:
+    """How many detections reach the threshold, wherever they lie in the student's view: []."""
+    scores, labels = torch.cat([f.scores for f in found if f.scores is not None]), torch.cat([f.labels for f in found])
+    return (scores >= (tau[labels] if isinstance(tau, Tensor) else tau)).sum()
 
 
 def to_weak(batch: SemiBatch) -> Tensor | None:

@@ -6,10 +6,13 @@ Its remedy against the imbalance of pseudo labels, a focal loss in place of cros
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from ssod.strategies.base import StepOutput
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
+from ssod.strategies.verdicts import Verdict, compared, judged, scores
 from ssod.structures import Instances, SemiBatch
 
 
@@ -26,12 +29,27 @@ class UnbiasedTeacher(TeacherStudent):
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.teacher_output(batch.weak)
-        found = self.decode(seen, self.options.tau)
+        found = self.decode(seen, self.lowest())
         targets = [self.as_targets(d) for d in self.to_strong(batch, found)]
         losses = self.student.loss(self.student_output(batch.strong), targets)
         losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, found, targets, self.options.tau)
 
+    def lowest(self) -> float:
+        return self.options.tau
+
+    def judge(self, found: list[Instances]) -> list[Verdict]:
+        tau = self.thresholds_in_force()
+        verdicts = []
+        for f in found:
+            kept = scores(f) > self.lowest()
+            reasons = compared(f, tau[f.labels], kept, "tau", below=": background")
+            verdicts.append(judged(f, kept, self.as_targets(f[kept]), reasons, tau))
+        return verdicts
+
     def as_targets(self, pseudo: Instances) -> Instances:
         box_weight = None if self.options.box_loss else pseudo.boxes.new_zeros(len(pseudo))
         return Instances(pseudo.boxes, pseudo.labels, box_weight=box_weight)
+
+    def thresholds_in_force(self) -> Tensor:
+        return torch.full_like(self.label_counts, self.options.tau)
