@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ssod.engine.callbacks import Callback
+from ssod.strategies.base import StepOutput
+from ssod.structures import SemiBatch
 
 if TYPE_CHECKING:
     from ssod.engine.trainer import SemiTrainer
@@ -21,6 +23,14 @@ class Observer:
 
     def events(self) -> dict[str, Callback]:
         """The functions to call, by event."""
+        return {}
+
+    def note(self, batch: SemiBatch, out: StepOutput) -> None:
+        """Look at a batch of the step, on its device, and at what it gave; reading numbers from there would make a GPU
+        wait."""
+
+    def summary(self) -> dict[str, Any]:
+        """What it adds to metrics.json."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,9 +21,12 @@ from ssod.detectors.convert import WeightsReport, load_weights, read_weights
 from ssod.detectors.fetch import SCHEME
 from ssod.errors import UserError
 from ssod.modes import TrainConfig
+from ssod.nn.backbone_weights import LoadReport
 from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 from ssod.zoo.fetch import resolve
+
+Report = WeightsReport | LoadReport
 
 
 @dataclass
@@ -160,8 +163,8 @@ def check_options(config: TrainConfig) -> None:
     validate(detector_class(config.detector.name).Options, config.detector.options, "detector.")
 
 
-def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]:
-    """The detector with its starting weights, and a sentence about them."""
+def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, Report | str]:
+    """The detector with its starting weights, and what is to be said of them."""
     source = _teacher_files(config)[0] if config.teacher_weights else config.weights
     found = None if source is None else read_weights(_file(source))
     frozen = config.frozen_norm
@@ -178,10 +181,10 @@ def build_student(config: TrainConfig, names: list[str]) -> tuple[Detector, str]
     )
     if found is None:
         return student, f"{config.detector.name} on {config.backbone}, random weights"
-    return student, str(load_weights(student, found, names))
+    return student, load_weights(student, found, names)
 
 
-def build(config: TrainConfig, data: TrainData) -> tuple[Strategy, str]:
+def build(config: TrainConfig, data: TrainData) -> tuple[Strategy, Report | str]:
     student, note = build_student(config, data.names)
     strategy = build_strategy(config.strategy.name, student, config.strategy.options, plan_run(config, data))
     if config.teacher_weights is not None:

@@ -17,7 +17,9 @@ SMALL = {"name": "fcos", "fpn_channels": 32, "head_convs": 1}
 
 
 def student(names=("a", "b"), **words):
-    return build_student(load_config("train", {"detector": SMALL, "backbone": "resnet10t", **words}), list(names))
+    words = {"detector": SMALL, "backbone": "resnet10t", **words}
+    detector, report = build_student(load_config("train", words), list(names))
+    return detector, str(report)
 
 
 def checkpoint(path, names=("a", "b"), name="fcos", backbone="resnet10t", options=None, **body):

@@ -208,7 +208,7 @@ def test_a_student_trains_onward_on_other_classes(home: Path, shapes_data: Path,
     start = {"weights": NAME, "detector": {"name": "fcos"} | spec["options"], "backbone": spec["backbone"]}
     names = ["something new", known[1]]
     student, note = build_student(load_config("train", start), names)
-    assert "1 of 2 classes found by name" in note
+    assert "1 of 2 classes found by name" in str(note)
     old = load_checkpoint(resolve(NAME))["networks"]
     row = next(iter(old.values()))["cls_logits.weight"][1]
     assert torch.equal(student.state_dict()["cls_logits.weight"][1], row)
