@@ -99,6 +99,15 @@ def from_main(make: Callable[[], T]) -> T:
     return made[0]
 
 
+def shared(count: Tensor, least: float = 1.0) -> Tensor:
+    """What a loss, a sum over this rank's candidates, is divided by so that the gradients, which are averaged over the
+    ranks, are those of one process with all images: the sum of all ranks' counts, at least `least`, by the number of
+    ranks. Every rank must call it equally often."""
+    if not td.is_initialized():
+        return count.clamp(min=least)
+    return all_reduce_sum(count.detach().clone()).clamp(min=least) / td.get_world_size()
+
+
 def barrier() -> None:
     if td.is_initialized():
         td.barrier()

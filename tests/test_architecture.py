@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "ops": {"structures", "errors"},
     "nn": {"ops", "structures", "errors"},
     "data": {"ops", "structures", "errors"},
-    "detectors": {"nn", "ops", "structures", "checkpoint", "errors"},
+    "detectors": {"nn", "ops", "structures", "checkpoint", "dist", "errors"},
     "strategies": {"detectors", "nn", "ops", "structures", "dist", "config", "modes", "errors"},
     "zoo": {"detectors", "errors", "files"},
     "deploy": {

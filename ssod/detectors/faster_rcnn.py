@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssod import dist
 from ssod.detectors.base import RegionOutput, candidate_weights, check_targets, full_precision
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
 from ssod.errors import UserError
@@ -314,7 +315,8 @@ class FasterRCNN(PyramidDetector):
         self, boxes: Tensor, image: Tensor, matched: Tensor, padded: PaddedTargets, stage: str
     ) -> Candidates:
         labels = padded.labels[image, matched.clamp(min=0)].where(matched >= 0, self.num_classes)
-        return Candidates(boxes, image, labels, matched, stage, float(max(1, len(boxes))))
+        divisor = dist.shared(boxes.new_tensor(float(len(boxes))))
+        return Candidates(boxes, image, labels, matched, stage, divisor)
 
     def _region_head(self, pyramid: Pyramid, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [M, 4] and the image of each, int64 [M] -> logits [M, K + 1] and codes [M, K, D] in float32

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssod import dist
 from ssod.detectors.base import candidate_weights, check_targets, full_precision
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
 from ssod.nn.backbone import MakeBackbone
@@ -113,7 +114,7 @@ class FCOS(PyramidDetector):
             points = centers(output.anchors)  # [P, 2]
             reach, ranges = self._responsible(output)
             matched = assign_points(points, reach, ranges, padded.boxes, padded.valid)  # [B, P]
-            count = (matched >= 0).sum().clamp(min=1)
+            count = dist.shared((matched >= 0).sum())
             candidates = dense_candidates(matched, output.anchors, padded, self.num_classes, count.expand(len(matched)))
             weights = candidate_weights(candidates, padded, weigh)
 
@@ -137,7 +138,7 @@ class FCOS(PyramidDetector):
             share, divisor = box_weight, count
             if self.options.center_weighted_box:
                 share = middle if box_weight is None else middle * box_weight
-                divisor = middle.sum().clamp(min=torch.finfo(middle.dtype).eps)
+                divisor = dist.shared(middle.sum(), torch.finfo(middle.dtype).eps)
             box = self.codec.loss(codes, anchors, boxes, share, weights.learn_quality)
             return {
                 "cls": focal / count,

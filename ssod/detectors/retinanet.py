@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssod import dist
 from ssod.detectors.base import candidate_weights, check_targets, full_precision
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
 from ssod.nn.backbone import MakeBackbone
@@ -145,4 +146,4 @@ class RetinaNet(PyramidDetector):
         foreground = (matched >= 0).sum(dim=1)  # [B]
         if self.options.mean_of_images:
             return foreground.clamp(min=1) * len(foreground)
-        return foreground.sum().clamp(min=1).expand(len(foreground))
+        return dist.shared(foreground.sum()).expand(len(foreground))

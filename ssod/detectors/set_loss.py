@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssod import dist
 from ssod.detectors.base import candidate_weights
 from ssod.ops.assign import PaddedTargets, pad_targets
 from ssod.ops.boxes import giou_loss
@@ -78,7 +79,7 @@ class SetLoss:
         corners = to_corners(flat) * valid_extent(pyramid)[image]
         target = matched.flatten()
         labels = padded.labels[image, target.clamp(min=0)].where(target >= 0, self.num_classes)
-        count = padded.valid.sum().clamp(min=1)
+        count = dist.shared(padded.valid.sum())
         candidates = Candidates(corners.detach(), image, labels, target, stage, count)
         weights = candidate_weights(candidates, padded, weigh)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssod import dist
 from ssod.report.table import Table
 
 
@@ -36,6 +37,13 @@ class Averages:
         self._sums.clear()
         self._counts.clear()
         return out
+
+
+def over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean of each named number over the ranks that have it."""
+    ranks = dist.gather(values)
+    names = {n: None for one in ranks for n in one}  # in the first one's order
+    return {n: sum(own := [r[n] for r in ranks if n in r]) / len(own) for n in names}
 
 
 class Logger:

@@ -22,7 +22,7 @@ from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
 from ssod.engine.diagnosis.clock import DataClock
 from ssod.engine.evaluate import Metrics, evaluate
-from ssod.engine.log import Averages, Logger
+from ssod.engine.log import Averages, Logger, over_ranks
 from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.pulse import Pulse
@@ -156,7 +156,7 @@ class SemiTrainer:
                 pulse.step()
                 self.callbacks.step_end(self)
                 if self.step % every == 0 or self.step == plan.iters:
-                    values = averages.read() | {"lr": lr, "seconds": time.monotonic() - started}
+                    values = over_ranks(averages.read()) | {"lr": lr, "seconds": time.monotonic() - started}
                     values["time/data"] = clock.read()
                     log.row(self.step, values)
                     self.callbacks.figures("on_log", self, values)

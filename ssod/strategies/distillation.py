@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssod import dist
 from ssod.detectors.base import Detector, full_precision
 from ssod.ops.boxes import iou, nms
 from ssod.ops.distill import foreground_weight, heavy, soft_bce, soft_kl
@@ -50,7 +51,7 @@ class Distillation:
     def losses(self, pairs: list[Paired]) -> dict[str, Tensor]:
         """Named scalars: "cls", "box" and, with a centerness, "centerness"; first stages' as "rpn_...", "encoder_...".
 
-        Each is a mean over the candidates of this process, weighted by w. The gradient reaches the learner only.
+        Each is a mean over the candidates of all ranks, weighted by w. The gradient reaches the learner only.
         """
         found: dict[str, Tensor] = {}
         for p in pairs:
@@ -63,7 +64,7 @@ class Distillation:
         weight = foreground_weight(p.target, p.exclusive)  # [M]
         if not self.reweight:
             weight = torch.ones_like(weight)
-        total = weight.sum().clamp(min=LEAST)
+        total = dist.shared(weight.sum(), LEAST)
         classes = soft_kl if p.exclusive else soft_bce
         found = {"cls": classes(p.logits, p.target, weight) / total}
         if p.quality is not None and p.target_quality is not None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ssod import dist
 from ssod.detectors.base import Detector, full_precision
 from ssod.errors import UserError
 from ssod.nn.held import parameters_held, statistics_held
@@ -158,7 +159,7 @@ def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Ten
         main, aux = judged.logits[chosen].float(), judged.target[chosen].detach().float()
         outcomes = _exclusive if judged.exclusive else _independent
         total = F.kl_div(outcomes(main), outcomes(aux), reduction="sum", log_target=True)
-        return total / max(1, len(chosen)), len(chosen)
+        return total / dist.shared(total.new_tensor(len(chosen))), len(chosen)
 
 
 def unsure(logits: Tensor, exclusive: bool, low: float, high: float) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from ssod import dist
 from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
@@ -122,7 +123,7 @@ def mean_over_foreground(candidates: Candidates) -> Weights:
     """Weights that make the box loss a mean over foreground candidates (Eq. 10 and 11), but for an RPN's."""
     if candidates.stage in CLASSLESS:
         return Weights()
-    foreground = (candidates.matched >= 0).sum().clamp(min=1)
+    foreground = dist.shared((candidates.matched >= 0).sum())
     ones = candidates.boxes.new_ones(len(candidates.labels))
     return Weights(box=ones * candidates.divisor / foreground)
 
@@ -130,7 +131,7 @@ def mean_over_foreground(candidates: Candidates) -> Weights:
 def own_means(candidates: Candidates) -> Tensor:
     """Factors [M] that make a sum over candidates the mean over foreground plus the mean over background (Eq. 14)."""
     foreground = candidates.matched >= 0
-    counts = foreground.sum().where(foreground, (~foreground).sum())
+    counts = dist.shared(foreground.sum()).where(foreground, dist.shared((~foreground).sum()))
     return candidates.divisor / counts
 
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ssod import dist
 from ssod.detectors.base import Detector, HasRegions
 from ssod.errors import UserError
 from ssod.strategies.base import Plan, StepOutput
@@ -146,7 +147,7 @@ class SoftTeacher(TeacherStudent):
                 weight = weight + region_background(self.teacher, view, candidates, ~foreground)
             else:
                 weight = torch.ones_like(weight)
-            scale = candidates.divisor / weight.sum().clamp(min=1)
+            scale = candidates.divisor / dist.shared(weight.sum())
             return Weights(cls=weight * scale, box=torch.zeros_like(weight))
 
         return weigh

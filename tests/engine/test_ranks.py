@@ -1,0 +1,70 @@
+"""Two processes of half the batch each learn what one process learns from all of it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ssod.checkpoint import load_checkpoint
+
+Tiny = dict[str, Any]
+STEPS = 20
+SLOWLY = pytest.mark.slow
+FCOS = {"name": "fcos", "fpn_channels": 32, "head_convs": 1}
+RETINANET = {"name": "retinanet", "fpn_channels": 32, "head_convs": 1}
+DETR = {"name": "deformable_detr", "width": 64, "queries": 20, "encoder_layers": 1, "decoder_layers": 1}
+HALF = {"half_scale": True}
+CASES = {
+    "supervised": (FCOS, {"name": "supervised", "ema": True}),
+    "mean_teacher": (FCOS, {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01}),
+    "mean_teacher_auto": (FCOS, {"name": "mean_teacher", "tau_low": 0.01, "box_loss": True}),
+    "unbiased_teacher": (RETINANET, {"name": "unbiased_teacher", "tau": 0.02}),
+    "rpl": (RETINANET | {"codec": "bucket", "buckets": 4}, {"name": "rpl", "tau": 0.02}),
+    "prc": (FCOS | {"codec": "gaussian"}, {"name": "prc", "tau": 0.02}),
+    "sed": (FCOS | HALF, {"name": "sed"}),
+    "lsm": (FCOS | HALF, {"name": "lsm", "tau": 0.03, "alpha": 0.02}),
+    "comining": (FCOS, {"name": "comining", "tau": 0.02}),
+    "detr": (DETR, {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01}),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c == "mean_teacher_auto" else SLOWLY) for c in CASES])
+def test_two_ranks_equal_one_with_twice_the_batch(tiny: Tiny, tmp_path: Path, case: str) -> None:
+    detector, strategy = CASES[case]
+    # Frozen norms: statistics of half a batch are others. No clipping: it hides a wrong scale of the gradients.
+    own = {"detector": detector, "strategy": strategy, "frozen_norm": True, "clip_grad": 0.0, "lr0": 0.002}
+    own |= {"iters": STEPS, "burn_in": 5, "batch": 4, "val_interval": STEPS, "save_interval": STEPS, "ema_decay": 0.9}
+    if strategy["name"] == "comining":
+        own["augment"] = "comining"
+    one, two = (trained(tiny | own, tmp_path, device) for device in ("cpu", "cpu,cpu"))
+    for name, value in one["train"]["strategy"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two["train"]["strategy"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    losses = [{n: v for n, v in r["losses"].items() if n.startswith(("sup/", "unsup/"))} for r in (one, two)]
+    assert losses[0].keys() == losses[1].keys()
+    assert any(n.startswith("sup/") for n in losses[0])
+    for name, values in losses[0].items():
+        assert losses[1][name] == pytest.approx(values, rel=1e-5, abs=1e-5), name
+    assert two["train"]["history"][-1].keys() == one["train"]["history"][-1].keys()
+
+
+def trained(config: Tiny, folder: Path, device: str) -> dict[str, Any]:
+    name = device.replace(",", "-")
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config | {"name": name}))
+    command = [sys.executable, "-m", "ssod", "train", f"cfg={path}", f"device={device}"]
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    run = Path(str(config["project"])) / "train" / name
+    with open(run / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = {n: [float(r[n]) for r in rows if r[n]] for n in rows[0]}
+    return load_checkpoint(run / "weights" / "last.pt") | {"losses": losses}
