@@ -85,6 +85,9 @@ class TrainConfig(RunFolder, Inference, Data):
         "auto",
         description="auto (rest of train, the YAML's `unlabeled`), rest, none; a folder, list, glob or tars of images",
     )
+    audit: str | int = Field(
+        "none", description="labelled images to hide, 5% or a count: how right are the pseudo labels on them?"
+    )
     augment: Augment = Field(Augment(), description="views of the images; a paper's name sets all three")
     augment_on: Literal["worker", "device"] = Field("worker", description="where the strong view's pixel work runs")
     cache: bool | Literal["ram", "disk"] = Field(

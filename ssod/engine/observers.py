@@ -42,6 +42,10 @@ class Observer:
 
 def build_observers(trainer: SemiTrainer) -> list[Observer]:
     """The observers that the config asks for."""
+    from ssod.engine.audit import Audit
     from ssod.engine.diagnose import Diagnosis
 
-    return [Diagnosis(trainer)]
+    found: list[Observer] = [Diagnosis(trainer)]
+    if trainer.data.audit:
+        found.append(Audit(trainer))
+    return found

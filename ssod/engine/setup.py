@@ -14,6 +14,7 @@ from ssod.data.annotations.sources import load_data, read_data_yaml
 from ssod.data.image import ImageError, image_size
 from ssod.data.samples import Dataset, Inspector, Sample, SampleTable
 from ssod.data.shapes import shapes_yaml
+from ssod.data.split.audited import choose_audited
 from ssod.data.split.splits import choose_labeled
 from ssod.detectors import build_detector, detector_class
 from ssod.detectors.base import Detector
@@ -31,13 +32,15 @@ Report = WeightsReport | LoadReport
 
 @dataclass
 class TrainData:
-    """labeled, unlabeled: what the two streams draw from; val: what validation looks at; notes: lines for the user."""
+    """labeled, unlabeled: what the two streams draw from; val: what validation looks at; notes: lines for the user;
+    audit: images of the unlabelled ones with their true boxes, for ssod.engine.audit alone."""
 
     labeled: Sequence[Sample]
     unlabeled: Sequence[Sample]
     val: Sequence[Sample]
     names: list[str]
     notes: list[str]
+    audit: Sequence[Sample] = ()
 
 
 def data_yaml(name: str | None) -> Path:
@@ -62,11 +65,14 @@ def build_data(config: TrainConfig) -> TrainData:
     if train.names != val.names:
         raise UserError(f"train and val name other classes: {train.names} and {val.names}. Name them in the data YAML.")
     chosen, rest = choose_labeled(train.samples, config.labeled, config.seed, len(train.names))
-    labeled = train.samples.select(chosen)
+    audited = choose_audited(train.samples.select(chosen), config.audit, config.seed, len(train.names))
+    hidden = {chosen[i] for i in audited}
+    labeled = train.samples.select([i for i in chosen if i not in hidden])
+    audit = train.samples.select(sorted(hidden))
     unlabeled: Sequence[Sample] = []
     notes = [train.summary(), val.summary()]
     if uses_unlabeled:
-        unlabeled = _unlabeled(config, train.samples.select(rest), notes)
+        unlabeled = _unlabeled(config, train.samples.select(sorted([*rest, *hidden])), audit, notes)
     used = max(1, round(len(val.samples) * config.val_fraction))
     boxes = len(labeled.objects()[0])
     partly = int((~labeled.complete).sum())
@@ -74,6 +80,9 @@ def build_data(config: TrainConfig) -> TrainData:
     notes.append(
         f"{len(labeled)} labelled images{said} with {boxes} boxes, {len(unlabeled)} unlabelled, {used} for validation"
     )
+    if hidden:
+        count = len(audit.objects()[0])
+        notes.append(f"audit: {len(hidden)} of the labelled images, with {count} boxes, are hidden: unlabelled now")
     if partly and not strategy_class(config.strategy.name).mines:
         notes.append(
             f"WARNING: strategy={config.strategy.name} learns as background what is not annotated in the {partly} "
@@ -84,11 +93,12 @@ def build_data(config: TrainConfig) -> TrainData:
             f"WARNING: strategy={config.strategy.name} finds no partly labelled and no unlabelled image to look for "
             "objects in; images of which only some objects are annotated belong under 'partial' in the data YAML."
         )
-    return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes)
+    return TrainData(labeled, unlabeled, val.samples[:used], train.names, notes, audit)
 
 
-def _unlabeled(config: TrainConfig, rest: SampleTable, notes: list[str]) -> SampleTable:
-    """Images without their annotations: whatever lies beside them is never looked at."""
+def _unlabeled(config: TrainConfig, rest: SampleTable, audit: SampleTable, notes: list[str]) -> SampleTable:
+    """Images without their annotations: whatever lies beside them is never looked at. `audit` is among them in any
+    case but unlabeled=none."""
     out = rest.without_labels()
     if config.unlabeled == "none":
         out = out[:0]
@@ -102,6 +112,7 @@ def _unlabeled(config: TrainConfig, rest: SampleTable, notes: list[str]) -> Samp
         inspector = Inspector(config.strict)
         out = read_tars(tars, inspector) if tars else SampleTable.of(_folder(config.unlabeled))
         notes += [str(problem) for problem in inspector.problems]
+        out = SampleTable.join([SampleTable.of(out), audit.without_labels()]) if audit and out else out
         if tars and not out:
             first = f" The first problem: {inspector.problems[0]}." if inspector.problems else ""
             raise UserError(f"unlabeled={config.unlabeled}: no usable image in {len(tars)} tars.{first}")
