@@ -11,16 +11,20 @@ from ssod.structures import Candidates, Instances, Weigh, Weights
 BINS = 100
 
 
-def above(instances: Instances, tau: Tensor) -> Instances:
-    """Keep detections whose score reaches the threshold of their class: tau [K], 0..1."""
+def reaches(instances: Instances, tau: Tensor) -> Tensor:
+    """Whether the score of each detection reaches the threshold of its class: tau [K], 0..1 -> bool [N]."""
     assert instances.scores is not None
-    return instances[instances.scores >= tau[instances.labels]]
+    return instances.scores >= tau[instances.labels]
+
+
+def above(instances: Instances, tau: Tensor) -> Instances:
+    """The detections that reach the threshold of their class: tau [K], 0..1."""
+    return instances[reaches(instances, tau)]
 
 
 def below(instances: Instances, tau: Tensor) -> Instances:
     """The other detections: those that `above` leaves out."""
-    assert instances.scores is not None
-    return instances[instances.scores < tau[instances.labels]]
+    return instances[~reaches(instances, tau)]
 
 
 def ignore_within(uncertain: list[Instances]) -> Weigh:

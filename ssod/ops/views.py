@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssod.structures import Instances
+from ssod.structures import Instances, View
 
 
 def between(matrix_a: Tensor, matrix_b: Tensor) -> Tensor:
@@ -62,6 +62,13 @@ def map_instances(
     area, visible = _area(boxes), _area(clipped)
     keep = ((visible >= min_area) & (visible >= min_visible * area) & (visible > 0)).nonzero()[:, 0]
     return instances.with_boxes(clipped)[keep], keep
+
+
+def into_view(found: list[Instances], of: View, into: View) -> list[Instances]:
+    """Objects of each image in one view's pixels -> in those of another of the same images; what is clipped away there
+    is dropped."""
+    matrices = between(of.matrices, into.matrices)  # [B, 3, 3]
+    return [map_instances(f, matrices[i], into.sizes[i])[0] for i, f in enumerate(found)]
 
 
 def _area(boxes: Tensor) -> Tensor:

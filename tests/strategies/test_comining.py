@@ -11,7 +11,8 @@ from small import OPTIONS, SIZE, K, detector, strategy, view
 
 from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix
-from ssod.strategies.comining import confident, joined, moved, statistics, two_views, unannotated
+from ssod.ops.views import into_view
+from ssod.strategies.comining import confident, joined, statistics, two_views, unannotated
 from ssod.structures import DenseOutput, Instances, Pyramid, SemiBatch, SlotOutput, View
 
 BOXES = [[4.0, 4, 30, 40], [30, 20, 60, 60]]
@@ -129,12 +130,12 @@ def test_boxes_travel_between_views_of_any_geometry() -> None:
     b.matrices = torch.tensor([[-2.0, 0, 128], [0, 2, 0], [0, 0, 1]], dtype=torch.float64).repeat(2, 1, 1)
     b.sizes = torch.full((2, 2), 100)
     found = Instances(boxes_of([20, 10, 30, 20], [1, 10, 11, 20]), torch.tensor([0, 1]), torch.tensor([0.9, 0.8]))
-    there, empty = moved([found, found[:0]], a, b)
+    there, empty = into_view([found, found[:0]], a, b)
     assert there.boxes.tolist() == [[68, 20, 88, 40]]
     assert there.scores is not None
     assert there.scores.tolist() == pytest.approx([0.9])
     assert len(empty) == 0
-    assert moved([found, found], a, a)[1].boxes.tolist() == found.boxes.tolist()  # the paper's: no other geometry
+    assert into_view([found, found], a, a)[1].boxes.tolist() == found.boxes.tolist()  # the paper's: no other geometry
 
 
 # ---- who teaches whom
@@ -165,7 +166,7 @@ def test_each_view_learns_what_the_other_found(name: str, flip: bool) -> None:
     found = [s.mine(o, v, [True, True]) for o, v in zip(outputs, views, strict=True)]
     count = 0
     for own, other in ((0, 1), (1, 0)):
-        expected = moved(found[other], views[other], views[own])
+        expected = into_view(found[other], views[other], views[own])
         for y, p, c in zip(views[own].targets, expected, taught[own][1], strict=True):
             torch.testing.assert_close(c.boxes, torch.cat([y.boxes, p.boxes]))
             assert c.labels.tolist() == y.labels.tolist() + p.labels.tolist()
@@ -206,7 +207,7 @@ def test_no_gradient_reaches_a_view_from_what_it_found_itself(name: str) -> None
     found = s.mine(outputs[0], views[0], [True, True])
     assert sum(map(len, found)) > 0
     assert all(not f.boxes.requires_grad for f in found)
-    targets = [joined(y, p) for y, p in zip(views[1].targets, moved(found, views[0], views[1]), strict=True)]
+    targets = [joined(y, p) for y, p in zip(views[1].targets, into_view(found, views[0], views[1]), strict=True)]
     alone = torch.autograd.grad(
         torch.stack(list(s.student.loss(outputs[1], targets).values())).sum(), [outputs[1].logits, outputs[1].codes]
     )
@@ -287,8 +288,8 @@ def test_unlabelled_images_beside_sparse_ones(name: str) -> None:
     assert out.stats["mined/unlabeled/per_image"] > 0
     assert len(taught) == 4
     (weak_output, weak_targets), (strong_output, strong_targets) = taught[2:]
-    from_weak = moved(s.mine(weak_output, batch.weak, [True, True]), batch.weak, batch.strong)
-    from_strong = moved(s.mine(strong_output, batch.strong, [True, True]), batch.strong, batch.weak)
+    from_weak = into_view(s.mine(weak_output, batch.weak, [True, True]), batch.weak, batch.strong)
+    from_strong = into_view(s.mine(strong_output, batch.strong, [True, True]), batch.strong, batch.weak)
     for taught_boxes, expected in ((strong_targets, from_weak), (weak_targets, from_strong)):
         for t, e in zip(taught_boxes, expected, strict=True):
             torch.testing.assert_close(t.boxes, e.boxes)
