@@ -36,6 +36,7 @@ class SED(TeacherStudent):
         )
 
     options: Options
+    unjudged = "sed learns from all candidates; no box is kept or dropped"
 
     def __init__(self, student: Detector, options: Options, plan: Plan) -> None:
         super().__init__(student, options, plan)
