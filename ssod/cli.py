@@ -26,6 +26,7 @@ SUMMARY = {
     "check": "look over a data set before training, or measure a model",
     "split": "divide a training set into labelled and unlabelled parts, or erase boxes: COCO JSON files",
     "zoo": "list the trained weights that come with the package, verify one, or pack one's own",
+    "report": "a page about a run, or about several side by side: one HTML file that needs nothing else",
     "cfg": "list the configs that come with the package, or print one complete: ssod cfg cfg=demo.yaml",
     "help": "this text, or the arguments of a mode: ssod help train",
     "version": "print the version",
@@ -38,6 +39,7 @@ TRAINING = (
     "matplotlib",
     "scipy",
     "tqdm",
+    "jinja2",
 )  # absent where one only runs models
 USAGE = """ssod MODE key=value ...
 
@@ -54,6 +56,7 @@ Examples
   ssod benchmark model=runs/train/exp/weights/best.pt formats=[onnx,onnx-int8] data=my.yaml
   ssod split data=my.yaml out=splits percent=10 folds=5
   ssod label model=runs/train/exp/weights/best.pt source=photos/ out=labels format=coco
+  ssod report runs/train/exp baseline=runs/train/control
   ssod check model=faster_rcnn backbone=resnet50 imgsz=640
   ssod zoo
 
@@ -110,7 +113,7 @@ def _run(words: list[str]) -> int:
         return 0
     from ssod.config import load_config, parse_words
 
-    overrides = _zoo_words(rest) if mode == "zoo" else parse_words(rest)
+    overrides = {"zoo": _zoo_words, "report": report_words}.get(mode, parse_words)(rest)
     if mode == "train" and "model" in overrides:  # trained onward: detector, backbone, image size and weights are its
         from ssod.api import SSOD
 
@@ -127,6 +130,7 @@ def _run(words: list[str]) -> int:
         "check": _check,
         "split": _split,
         "zoo": _zoo,
+        "report": _report,
     }[mode]
     config = load_config(mode, overrides)
     if mode in ("train", "label"):
@@ -208,6 +212,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["unreadable"]:
         lines.append(f"{len(summary['unreadable'])} images could not be read (metrics.json lists them)")
     folder = Path(summary["folder"])
+    if (folder / "report.html").is_file():
+        lines.append(f"report {folder / 'report.html'}: open it in a browser")
     lines.append(f"run folder {folder}: results.png (curves), predictions.png, results.csv, weights/best.pt")
     lines.append(f"next: ssod predict model={folder / 'weights' / 'best.pt'} source=FOLDER")
     return "\n".join(lines)
@@ -367,6 +373,22 @@ def _zoo(config: Any) -> int:
         return 0 if verified.same else 1
     entry = pack(config)
     print(f"next: ssod predict model={Path(config.out) / 'weights' / (entry.file or '')} source=FOLDER")
+    return 0
+
+
+def report_words(words: list[str]) -> dict[str, Any]:
+    """Words without a key are run folders, as a shell makes them of runs/train/*."""
+    from ssod.config import parse_words
+
+    bare = [w for w in words if "=" not in w and not w.startswith("-")]
+    given = parse_words([w for w in words if w not in bare])
+    return ({"run": bare[0] if len(bare) == 1 else bare} if bare else {}) | given
+
+
+def _report(config: Any) -> int:
+    from ssod.engine.report import report
+
+    print(f"page {report(config)}: open it in a browser")
     return 0
 
 

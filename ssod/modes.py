@@ -377,6 +377,21 @@ class ZooConfig(RunFolder, Data):
         return self
 
 
+class ReportConfig(Section):
+    """`ssod report`; words without a key are `run`"""
+
+    run: str | list[str] = Field(
+        description="folder of a training run, such as runs/train/exp; several, or a folder of runs: a comparison"
+    )
+    baseline: str | None = Field(None, description="folder of the run that one run is held against")
+    data_path: str | None = Field(None, description="folder of the data, where it is no longer where it was")
+    out: str | None = Field(None, description="file to write; default: report.html in the run, comparison.html above")
+    device: str | int = Field("auto", description="auto, cpu, cuda, cuda:0 or 0: where best.pt looks at the val images")
+    workers: int = Field(2, ge=0, description="loader processes; 0 loads in the main process")
+    batch: int = Field(8, ge=1, description="images at once")
+    verbose: bool = Field(False, description="print the traceback of an error")
+
+
 MODES: dict[str, type[Section]] = {
     "train": TrainConfig,
     "val": ValConfig,
@@ -387,4 +402,5 @@ MODES: dict[str, type[Section]] = {
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
     "zoo": ZooConfig,
+    "report": ReportConfig,
 }

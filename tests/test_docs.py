@@ -14,7 +14,7 @@ import config_page
 import pytest
 import yaml
 
-from ssod.cli import SUMMARY
+from ssod.cli import SUMMARY, report_words
 from ssod.config import load_config, parse_words
 from ssod.engine.setup import check_options
 from ssod.errors import UserError
@@ -46,7 +46,9 @@ def inline(page: Path) -> list[str]:
 
 
 def arguments(mode: str, words: list[str]) -> dict[str, Any]:
-    """Of `ssod zoo` the first words stand without a key; to `ssod train` a `model` brings arguments of its own."""
+    """The first words of `ssod zoo` and `ssod report` have no key; to `ssod train` a `model` brings arguments of its own."""
+    if mode == "report":
+        return report_words(words)
     bare = [word for word in words if "=" not in word and not word.startswith("-")] if mode == "zoo" else []
     given = dict(zip(("action", "entry"), bare, strict=False)) | parse_words(words[len(bare) :])
     if mode == "train":

@@ -112,6 +112,10 @@ class SemiTrainer:
             with self.signals, Pulse() as pulse:
                 self._loop(log, pulse)
             summary = self._finish(log)
+            if self.config.plots:
+                from ssod.engine.report import report_at_end
+
+                dist.from_main(lambda: report_at_end(self))
             self.callbacks("on_train_end", self)
             return summary
         finally:
