@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full test test-slow test-slim test-docker bench lint lint-docker format clean
+.PHONY: demo demo-full test test-slow reliability test-slim test-docker bench lint lint-docker format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ssod needs Python >= 3.10")'
@@ -24,6 +24,9 @@ test: $(READY) lint  ## all fast tests, on up to four cores
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+reliability: $(READY)  ## every fault of docs/reliability.md, injected; writes the page
+	$(BIN)/python tests/reliability_page.py
 
 test-slim: $(READY)  ## exported models in an environment without torch, by the commands of docker/Dockerfile.slim
 	$(BIN)/python -m pytest -m slow tests/deploy/test_slim.py

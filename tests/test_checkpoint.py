@@ -40,7 +40,8 @@ def test_keep_moves_the_old_file(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_any_flipped_bit_is_noticed(data: st.DataObject) -> None:  # 3
+@pytest.mark.fault(3)
+def test_any_flipped_bit_is_noticed(data: st.DataObject) -> None:
     path = Path(os.environ.get("PYTEST_TMP", "/tmp")) / f"ssod-flip-{os.getpid()}.pt"
     save_checkpoint(content(1.0), path)
     raw = bytearray(path.read_bytes())
@@ -53,7 +54,8 @@ def test_any_flipped_bit_is_noticed(data: st.DataObject) -> None:  # 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_file_falls_back_to_the_last_good_one(tmp_path: Path, share: float) -> None:  # 3
+@pytest.mark.fault(3)
+def test_a_truncated_file_falls_back_to_the_last_good_one(tmp_path: Path, share: float) -> None:
     for value in (1.0, 2.0):
         save_checkpoint(content(value), tmp_path / "last.pt", keep=tmp_path / "previous.pt")
     raw = (tmp_path / "last.pt").read_bytes()
@@ -74,7 +76,8 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:  # 27
+@pytest.mark.fault(27)
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     witness, path = tmp_path / "witness", tmp_path / "evil.pt"
     pickle.loads(pickle.dumps(Evil(witness)))  # the payload works
     assert witness.is_dir()
@@ -99,7 +102,8 @@ def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "future.pt")
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # 2
+@pytest.mark.fault(2)
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(content(1.0), path)
     code = (
@@ -117,7 +121,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_kill_while_writing_leaves_old_or_new_and_strays_are_swept(tmp_path: Path) -> None:  # 1
+@pytest.mark.fault(1)
+def test_a_kill_while_writing_leaves_old_or_new_and_strays_are_swept(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
@@ -149,6 +154,7 @@ def test_a_kill_while_writing_leaves_old_or_new_and_strays_are_swept(tmp_path: P
     assert strays > 0, "no kill hit a write: the test did not test"
 
 
+@pytest.mark.fault(1)
 def test_a_stray_temporary_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / f".last.pt.1{checkpoint._TEMPORARY}").write_bytes(b"x")
     sweep(tmp_path)

@@ -88,7 +88,8 @@ def test_a_missing_value_names_its_meaning() -> None:
         load_config("predict", {"source": "x"})
 
 
-def test_yaml_with_python_tags_is_refused_and_runs_nothing(tmp_path: Path) -> None:  # FAULTS 28
+@pytest.mark.fault(28)
+def test_yaml_with_python_tags_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     evil, witness = tmp_path / "evil.yaml", tmp_path / "witness"
     evil.write_text(f"batch: !!python/object/apply:os.mkdir ['{witness}']\n")
     yaml.unsafe_load(evil.read_text())  # the file really does what it says it does

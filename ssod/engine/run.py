@@ -76,7 +76,7 @@ def resumed_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None
         print(f"{said} Resuming from previous.pt instead.", file=sys.stderr)
     values = dict(content["train"]["config"])
     given = config.model_fields_set
-    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience", "restarts"}:
+    for key in given & {"device", "workers", "plots", "verbose", "data_path", "patience", "restarts", "baseline"}:
         values[key] = getattr(config, key)
     if given & {"iters", "epochs"}:
         values |= {"iters": config.iters, "epochs": config.epochs}
@@ -114,13 +114,13 @@ def _restarted_run(config: TrainConfig) -> Path | None:
 
 
 def _last_run(project: str, name: str) -> Path:
-    """The training run folder written last, for `resume=True`. Raises UserError when there is none."""
+    """The training run begun last, for `resume=True`: by its number, as clocks move. Raises UserError when there is none."""
     base = Path(project) / "train"
     folders = [p for p in base.glob(f"{name}*") if p.name == name or p.name.removeprefix(f"{name}-").isdigit()]
     found = [p for p in folders if any((p / "weights").glob("*.pt"))]
     if not found:
         raise UserError(f"resume=true finds no run {base / name} with a checkpoint. Give resume=PATH of its folder.")
-    return max(found, key=lambda p: max(c.stat().st_mtime for c in (p / "weights").glob("*.pt")))
+    return max(found, key=lambda p: int(p.name.removeprefix(name).removeprefix("-") or 1))
 
 
 def _resume_folder(resume: str) -> Path:

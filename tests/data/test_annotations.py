@@ -18,6 +18,7 @@ from ssod.errors import UserError
 # ----------------------------------------------------------------- fault 5: corrupt annotation files
 
 
+@pytest.mark.fault(5)
 def test_corrupt_json(coco_folder: CocoFolder) -> None:
     coco_folder.write()
     text = coco_folder.json.read_text()
@@ -42,6 +43,7 @@ def test_corrupt_json(coco_folder: CocoFolder) -> None:
         ("categories", 1, {"id": 90}, ["categories[1]", "90"]),
     ],
 )
+@pytest.mark.fault(5)
 def test_corrupt_coco_record(
     coco_folder: CocoFolder, key: str, index: int, change: dict[str, object], expected: list[str]
 ) -> None:
@@ -53,6 +55,7 @@ def test_corrupt_coco_record(
 
 
 @pytest.mark.parametrize("content", ["[]", '"x"', "{}", '{"images": {}}', '{"images": [1]}', "[" * 100_000])
+@pytest.mark.fault(5)
 def test_json_that_is_not_coco(coco_folder: CocoFolder, content: str) -> None:
     coco_folder.write()
     coco_folder.json.write_text(content)
@@ -74,6 +77,7 @@ def test_json_that_is_not_coco(coco_folder: CocoFolder, content: str) -> None:
         ),
     ],
 )
+@pytest.mark.fault(5)
 def test_corrupt_xml(voc_folder: VocFolder, text: str, expected: str) -> None:
     voc_folder.yaml.write_text("train: train\nnames: [carp, pike]\n")
     file = voc_folder.root / "Annotations" / "a.xml"
@@ -105,6 +109,7 @@ def test_xml_entities_are_not_expanded(voc_folder: VocFolder, encoding: str) -> 
         ("0.5 0.5 0.5 0.5 0.5", "integer"),
     ],
 )
+@pytest.mark.fault(5)
 def test_corrupt_yolo_line(yolo_folder: YoloFolder, line: str, expected: str) -> None:
     label = yolo_folder.label("b", f"0 0.5 0.5 0.5 0.5\n{line}\n")
     message = refusal(yolo_folder.yaml)
@@ -139,6 +144,7 @@ ODD_VALUES: list[object] = [*ODD, [], {}, [[]], [None] * 4, [1e308] * 4, [10**40
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.fault(5)
 def test_no_odd_value_in_a_coco_file_escapes(coco_folder: CocoFolder) -> None:
     """Each value of the file in turn becomes something odd: a data set or one sentence, never another error."""
     good = json.dumps(coco_folder.content)
@@ -165,6 +171,7 @@ def test_no_odd_value_in_a_coco_file_escapes(coco_folder: CocoFolder) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("text", ["", "nan", "inf", "-1e308", "1e999", "x", "&amp;", "9" * 5000, "\u0663"])
+@pytest.mark.fault(5)
 def test_no_odd_value_in_xml_or_yolo_escapes(voc_folder: VocFolder, yolo_folder: YoloFolder, text: str) -> None:
     file = voc_folder.root / "Annotations" / "a.xml"
     good = file.read_text()
@@ -197,6 +204,7 @@ def test_byte_order_marks(coco_folder: CocoFolder, voc_folder: VocFolder, yolo_f
 
 
 @pytest.mark.parametrize("class_id", [2, -1, 90])
+@pytest.mark.fault(7)
 def test_yolo_class_out_of_range(yolo_folder: YoloFolder, class_id: int) -> None:
     yolo_folder.label("b", f"{class_id} 0.5 0.5 0.5 0.5")
     message = refusal(yolo_folder.yaml)
@@ -204,6 +212,7 @@ def test_yolo_class_out_of_range(yolo_folder: YoloFolder, class_id: int) -> None
     assert "0 carp, 1 pike" in message
 
 
+@pytest.mark.fault(7)
 def test_coco_unknown_category(coco_folder: CocoFolder) -> None:
     coco_folder.content["annotations"][1]["category_id"] = 6
     message = refusal(coco_folder.write())
@@ -211,6 +220,7 @@ def test_coco_unknown_category(coco_folder: CocoFolder) -> None:
     assert "category_id 6 is not among the categories of this file (5, 90)" in message
 
 
+@pytest.mark.fault(7)
 def test_voc_unknown_class(voc_folder: VocFolder) -> None:
     voc_folder.yaml.write_text("train: train\nnames: [carp, pikes]\n")
     message = refusal(voc_folder.yaml)
@@ -227,6 +237,7 @@ def test_class_lists_that_differ(coco_folder: CocoFolder, names: str) -> None:
     assert "['carp', 'pike']" in message
 
 
+@pytest.mark.fault(32)
 def test_val_must_have_the_classes_of_train(coco_folder: CocoFolder) -> None:
     coco_folder.lines.append("val: annotations/instances_val.json")
     coco_folder.write()
@@ -244,6 +255,7 @@ def test_yolo_needs_names(yolo_folder: YoloFolder) -> None:
 # ----------------------------------------------------------------- fault 8: duplicate ids
 
 
+@pytest.mark.fault(8)
 def test_duplicate_image_id_is_refused(coco_folder: CocoFolder) -> None:
     coco_folder.content["images"][1]["id"] = 7
     message = refusal(coco_folder.write())
@@ -253,6 +265,7 @@ def test_duplicate_image_id_is_refused(coco_folder: CocoFolder) -> None:
 
 
 @pytest.mark.parametrize(("ids", "count"), [((0, 1), 1), ((4, 4), 2), ((0, 0), 2)])
+@pytest.mark.fault(8)
 def test_annotation_ids_that_would_spoil_the_score(coco_folder: CocoFolder, ids: tuple[int, int], count: int) -> None:
     for annotation, id_ in zip(coco_folder.content["annotations"], ids, strict=True):
         annotation["id"] = id_
@@ -263,6 +276,7 @@ def test_annotation_ids_that_would_spoil_the_score(coco_folder: CocoFolder, ids:
         load_data(coco_folder.yaml, "train", strict=True)
 
 
+@pytest.mark.fault(8)
 def test_annotation_id_zero_is_a_fault_of_pycocotools(coco_folder: CocoFolder) -> None:
     """What the report guards against: perfect detections that score below 1 because of an id."""
     coco = pytest.importorskip("pycocotools.coco")

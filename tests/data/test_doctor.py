@@ -78,6 +78,7 @@ def test_truncated_image_is_found_by_decoding_only(three_splits: YoloFolder) -> 
 
 
 @pytest.mark.parametrize("split", ["train", "unlabeled"])
+@pytest.mark.fault(34)
 def test_validation_image_among_the_training_ones(three_splits: YoloFolder, split: str) -> None:
     target = "images/train/a.png" if split == "train" else "pool/other name.png"
     val = three_splits.root / "images" / "val" / "d.png"
@@ -92,6 +93,7 @@ def test_validation_image_among_the_training_ones(three_splits: YoloFolder, spli
         assert "NOT OK" in page(report)
 
 
+@pytest.mark.fault(34)
 def test_the_same_pixels_in_another_file_format(three_splits: YoloFolder) -> None:
     """Only decoding can tell: the bytes differ."""
     with Image.open(three_splits.root / "images" / "val" / "d.png") as image:

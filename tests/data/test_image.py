@@ -41,6 +41,7 @@ def centres(pixels: np.ndarray, side: int = 16) -> np.ndarray:
 @decoders
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.fault(25)
 def test_exif_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, suffix: str, fast: bool
 ) -> None:
@@ -70,6 +71,7 @@ def test_exif_rotation(
 
 
 @decoders
+@pytest.mark.fault(25)
 def test_gray_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     use(monkeypatch, fast)
     path = tmp_path / "gray.jpg"
@@ -89,6 +91,7 @@ def test_fast_decoder_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.
     assert np.abs(fast.astype(int) - read_image(path)).max() <= 2  # two builds of one library
 
 
+@pytest.mark.fault(25)
 def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 128, 129], [1000, 32768, 65535]], np.uint16)
     path = tmp_path / "deep.png"
@@ -120,6 +123,7 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
 
 
 @decoders
+@pytest.mark.fault(25)
 def test_cmyk_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     use(monkeypatch, fast)
     path = tmp_path / "print.jpg"
@@ -128,6 +132,7 @@ def test_cmyk_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) 
     assert np.abs(read_image(path).astype(int) - [255, 0, 0]).max() <= 3
 
 
+@pytest.mark.fault(25)
 def test_transparency_lies_over_white(tmp_path: Path) -> None:
     path = tmp_path / "glass.png"
     Image.fromarray(np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)).save(path)
@@ -139,6 +144,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert read_image(path)[0].tolist() == [[90, 90, 90], [255, 255, 255]]
 
 
+@pytest.mark.fault(25)
 def test_palette(tmp_path: Path) -> None:
     indices = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
     indices.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -158,6 +164,7 @@ def test_black_and_white(tmp_path: Path) -> None:
 
 @decoders
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
+@pytest.mark.fault(4)
 def test_truncated_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, fast: bool) -> None:
     use(monkeypatch, fast)
     path = tmp_path / f"cut.{suffix}"
@@ -194,6 +201,7 @@ def test_not_an_image(tmp_path: Path, content: bytes, reason: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on broken metadata
+@pytest.mark.fault(4)
 def test_flipped_bits_are_an_image_error_or_pixels(tmp_path: Path) -> None:
     """Whatever the damage: either an ImageError or an image, and nothing else escapes."""
     rng = np.random.default_rng(0)
@@ -245,6 +253,7 @@ def giant_png(path: Path, side: int) -> Path:
 
 @pytest.mark.parametrize("side", [14_000, 60_000])  # Pillow warns of the one and refuses the other
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.fault(26)
 def test_gigantic_image_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     path = giant_png(tmp_path / "bomb.png", side)
     assert path.stat().st_size < 1000
@@ -286,6 +295,7 @@ def test_error_survives_the_way_from_a_worker() -> None:
     assert (error.path, error.reason, str(error)) == (Path("a b/ö.jpg"), "cut", "a b/ö.jpg: cut")
 
 
+@pytest.mark.fault(24)
 def test_spaces_and_unicode_in_the_path(tmp_path: Path) -> None:
     path = tmp_path / "ein Bild" / "рыба 魚.png"
     path.parent.mkdir()

@@ -325,6 +325,7 @@ def test_nothing_readable_is_an_error_for_the_user(samples: list[Sample], tmp_pa
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.fault(14)
 def test_a_hung_worker_is_named(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "read_image", lambda path, stream: time.sleep(60))
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # patience before it is ended
@@ -334,6 +335,7 @@ def test_a_hung_worker_is_named(samples: list[Sample], monkeypatch: pytest.Monke
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.fault(14)
 def test_a_killed_worker_is_named(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "read_image", lambda path, stream: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LoaderError, match="worker died"):

@@ -126,6 +126,7 @@ def test_background_images(yolo_folder: YoloFolder) -> None:
     assert count_problems(data.problems) == {kinds.NO_LABEL_FILE: 1}
 
 
+@pytest.mark.fault(25)
 def test_exif_frame(coco_folder: CocoFolder) -> None:
     from PIL import Image
 
@@ -184,6 +185,7 @@ BAD_BOXES = {
 
 
 @pytest.mark.parametrize("case", BAD_BOXES)
+@pytest.mark.fault(6)
 def test_bad_box_is_dropped_and_counted(coco_folder: CocoFolder, case: str) -> None:
     box, reason = BAD_BOXES[case]
     coco_folder.content["annotations"].append({"id": 3, "image_id": 3, "category_id": 5, "bbox": box})
@@ -197,6 +199,7 @@ def test_bad_box_is_dropped_and_counted(coco_folder: CocoFolder, case: str) -> N
         load_data(coco_folder.yaml, "train", strict=True)
 
 
+@pytest.mark.fault(6)
 def test_box_that_reaches_outside_is_clipped_and_counted(yolo_folder: YoloFolder) -> None:
     label = yolo_folder.label("a", "0 0.1 0.5 0.5 0.5\n1 0.5 0.5 1.0000001 1")
     data = load_data(yolo_folder.yaml, "train")
@@ -211,6 +214,7 @@ coordinate = st.one_of(st.floats(width=32), st.floats(-60, 60), st.integers(-5, 
 
 
 @given(st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=8))
+@pytest.mark.fault(6)
 def test_every_box_is_kept_sound_or_reported(boxes: list[tuple[float, float, float, float]]) -> None:
     inspector = Inspector()
     kept, indices = inspector.clean(boxes, (40, 30), "file", [str(i) for i in range(len(boxes))])
@@ -265,6 +269,7 @@ def test_label_without_image(yolo_folder: YoloFolder) -> None:
 # ----------------------------------------------------------------- fault 9: empty splits
 
 
+@pytest.mark.fault(9)
 def test_empty_folder(yolo_folder: YoloFolder) -> None:
     (yolo_folder.root / "more").mkdir()
     yolo_folder.yaml.write_text("train: images/train\nunlabeled: more\nnames: [carp, pike]\n")
@@ -273,6 +278,7 @@ def test_empty_folder(yolo_folder: YoloFolder) -> None:
     assert "'unlabeled'" in message
 
 
+@pytest.mark.fault(9)
 def test_images_without_a_single_box(yolo_folder: YoloFolder) -> None:
     for name in "abc":
         yolo_folder.label(name, "")
@@ -289,6 +295,7 @@ def test_all_images_unreadable(yolo_folder: YoloFolder) -> None:
     assert "not an image" in message
 
 
+@pytest.mark.fault(9)
 def test_split_that_is_not_there(yolo_folder: YoloFolder) -> None:
     assert "no 'val' in it; add the line 'val: PATH'" in refusal(yolo_folder.yaml, "val")
     assert "Did you mean 'train'?" in refusal(yolo_folder.yaml, "trian")
@@ -311,6 +318,7 @@ def test_two_formats_fit(coco_folder: CocoFolder) -> None:
 # ----------------------------------------------------------------- fault 28 and the YAML
 
 
+@pytest.mark.fault(28)
 def test_python_tags_are_refused(tmp_path: Path) -> None:
     import yaml as pyyaml
 
@@ -380,6 +388,7 @@ def test_path_is_relative_to_the_yaml_and_can_be_overridden(
 
 
 @pytest.mark.parametrize("name", ["with space", "рыба-魚-ö", "a'b#c%20[x]"])
+@pytest.mark.fault(24)
 def test_any_folder_name(tmp_path: Path, name: str) -> None:
     for make in (CocoFolder, YoloFolder, VocFolder):
         folder = make(tmp_path / name / make.__name__)
@@ -393,6 +402,7 @@ def test_any_folder_name(tmp_path: Path, name: str) -> None:
             assert (a.boxes == b.boxes).all()
 
 
+@pytest.mark.fault(24)
 def test_any_file_name(coco_folder: CocoFolder, voc_folder: VocFolder) -> None:
     name = "рыба 魚 [1].png"
     picture(coco_folder.root / "images" / "train" / name)
@@ -408,6 +418,7 @@ def test_any_file_name(coco_folder: CocoFolder, voc_folder: VocFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "x/../../../outside.png", "/etc/outside.png", "C:\\a.png", "..\\a"])
+@pytest.mark.fault(29)
 def test_names_that_lead_out(coco_folder: CocoFolder, voc_folder: VocFolder, name: str) -> None:
     picture(coco_folder.root / "images" / "outside.png")
     coco_folder.content["images"][1]["file_name"] = name
@@ -418,6 +429,7 @@ def test_names_that_lead_out(coco_folder: CocoFolder, voc_folder: VocFolder, nam
         assert repr(name) in message
 
 
+@pytest.mark.fault(29)
 def test_symbolic_link_that_leads_out(coco_folder: CocoFolder, voc_folder: VocFolder, tmp_path: Path) -> None:
     outside = picture(tmp_path / "outside" / "secret.png")
     for link in (coco_folder.root / "images" / "train" / "a.png", voc_folder.root / "JPEGImages" / "a.png"):

@@ -135,6 +135,7 @@ def test_val_and_predict_on_the_command_line(
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.fault(32)
 def test_val_refuses_a_model_of_other_classes(
     shapes_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

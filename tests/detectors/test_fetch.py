@@ -90,6 +90,7 @@ def one_sentence(address, url):
     return str(error.value)
 
 
+@pytest.mark.fault(30)
 def test_a_wrong_hash_is_refused_and_nothing_stays(cache, server):
     url = server.add(b"something else", digest="0123abcd")
     said = one_sentence("torchvision://resnet50", url)
@@ -99,6 +100,7 @@ def test_a_wrong_hash_is_refused_and_nothing_stays(cache, server):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.fault(30)
 def test_a_cut_download_is_refused_and_nothing_stays(cache, server):
     url = server.add(b"x" * 5_000_000)
     server.cut.add(url.rsplit("/", 1)[1])

@@ -109,7 +109,8 @@ def test_no_detection_scores_zero_and_nan_where_nothing_is_annotated() -> None:
 
 
 @pytest.mark.parametrize("what", ["score", "box"])
-def test_what_is_not_finite_is_refused(what: str) -> None:  # 31
+@pytest.mark.fault(31)
+def test_what_is_not_finite_is_refused(what: str) -> None:
     samples, found = scene(0)
     bad = found[0][1] if len(found[0][1]) else found[1][1]
     (bad.scores if what == "score" else bad.boxes[0])[0] = float("nan")

@@ -102,6 +102,7 @@ def test_a_mistake_is_said_once_before_anything_starts(tiny: Tiny, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.fault(16)
 def test_a_rank_that_dies_or_hangs_ends_the_run_with_a_good_checkpoint(job: Any, number: int, rank: int) -> None:
     one = job(iters=5000, save_interval=2, val_interval=5000)
     one.wait_for_checkpoint()
@@ -115,6 +116,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_with_a_good_checkpoint(job: Any,
 
 
 @pytest.mark.slow
+@pytest.mark.fault(17)
 def test_a_stop_is_one_step_of_all_ranks(job: Any) -> None:
     one = job(iters=5000, save_interval=5000, val_interval=5000, burn_in=1)
     until = time.monotonic() + 180
@@ -126,6 +128,7 @@ def test_a_stop_is_one_step_of_all_ranks(job: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(16)
 def test_a_restart_goes_on_from_the_checkpoint(job: Any) -> None:
     one = job(iters=60, save_interval=2, val_interval=60, restarts=1)
     one.wait_for_checkpoint()

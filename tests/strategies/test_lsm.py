@@ -405,6 +405,7 @@ def run(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.fault(18)
 def test_a_resumed_run_equals_one_that_was_never_stopped(run: dict[str, Any]) -> None:
     whole = SemiTrainer(load_config("train", run | {"name": "whole"}))
     assert len(whole.data.unlabeled) == 6

@@ -116,6 +116,7 @@ def test_numbers_beyond_fp16_are_not_written(made: tuple[Path, Path], tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(30)
 def test_any_changed_byte_is_noticed(made: tuple[Path, Path], tmp_path: Path) -> None:
     raw = (made[1] / "weights" / f"{NAME}.safetensors").read_bytes()
     path = tmp_path / "x.safetensors"
@@ -273,6 +274,7 @@ def test_a_file_elsewhere_is_fetched_once(far, tmp_path: Path) -> None:
         ({"url": "file:///etc/hostname"}, "not https"),
     ],
 )
+@pytest.mark.fault(30)
 def test_what_is_not_the_entry_leaves_nothing_behind(far, tmp_path: Path, change: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         locate(dataclasses.replace(far[0], **change))

@@ -1,0 +1,114 @@
+"""Faults of the machine under a run: no memory, a clock that moves, a data folder that must stay as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssod.checkpoint import load_checkpoint
+from ssod.config import load_config
+from ssod.engine.trainer import SemiTrainer
+from ssod.report.table import Table
+
+Tiny = dict[str, Any]
+NO_MEMORY = """
+import resource, sys
+from pathlib import Path
+from ssod.cli import main
+from ssod.engine import trainer
+
+class Short(trainer.SemiTrainer):
+    def _step(self, *args):
+        if self.step == 4:  # room for less than a step from here on
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
+        try:
+            return super()._step(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+trainer.SemiTrainer = Short
+sys.exit(main(["train", "cfg=" + sys.argv[1]]))
+"""
+
+
+@pytest.mark.fault(15)
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_out_of_memory_is_a_stop_that_can_be_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    config = tmp_path / "short.yaml"
+    config.write_text(yaml.safe_dump(tiny | {"save_interval": 100, "imgsz": 512, "batch": 8}))
+    out = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY, str(config)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert out.returncode == 1, out.stdout[-1500:] + out.stderr[-1500:]
+    assert "out of memory in step 5" in out.stderr
+    assert "batch=4 accumulate=2" in out.stderr
+    assert "Traceback" not in out.stderr
+    run = Path(str(tiny["project"])) / "train" / "exp"
+    assert load_checkpoint(run / "weights" / "last.pt")["train"]["step"] == 4
+    trainer = SemiTrainer(load_config("train", {"resume": str(run), "iters": 5}))
+    trainer.train()
+    assert trainer.step == 5
+
+
+@pytest.mark.fault(21)
+def test_a_clock_that_moves_back_changes_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = SemiTrainer(load_config("train", tiny))
+    first.train()
+    real, asked = time.time, []
+
+    def back() -> float:  # an hour earlier each time
+        asked.append(0)
+        return real() - 3600 * len(asked)
+
+    monkeypatch.setattr("time.time", back)
+    assert time.time() > time.time()
+    second = SemiTrainer(load_config("train", tiny | {"iters": 4, "burn_in": 2}))
+    second.train()
+    _, seconds = Table(second.folder / "results.csv", until_step=9).series("seconds")
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    for file in (second.folder / "weights").iterdir():  # written in 1990, says the file system
+        os.utime(file, (640_000_000, 640_000_000))
+    assert second.folder.name == "exp-2"
+    resumed = SemiTrainer(load_config("train", {"resume": True, "iters": 5, "project": tiny["project"]}))
+    assert (resumed.folder, resumed.step) == (second.folder, 4), "the run that was begun last"
+    resumed.train()
+
+
+@pytest.mark.fault(22)
+def test_nothing_is_written_where_the_data_lie(
+    tiny: Tiny, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSOD_CACHE", str(tmp_path / "cache"))
+    root = shapes_data.parent
+
+    def state() -> dict[Path, tuple[int, str]]:
+        return {
+            p: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "")
+            for p in [root, *root.rglob("*")]
+        }
+
+    before = state()
+    folders = [p for p in [root, *root.rglob("*")] if p.is_dir()]
+    modes = {p: p.stat().st_mode for p in folders}
+    for p in folders:
+        p.chmod(0o555)  # does not stop root, so the state of the files is compared as well
+    try:
+        SemiTrainer(load_config("train", tiny | {"cache": "disk"})).train()
+    finally:
+        for p, mode in modes.items():
+            p.chmod(mode)
+    assert state() == before
+    assert any((tmp_path / "cache").rglob("*")), "the decoded images went elsewhere"

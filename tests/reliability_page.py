@@ -1,0 +1,120 @@
+"""docs/reliability.md: what each fault gets, and which tests inject it.
+
+python tests/reliability_page.py         run all of them and write the page
+python tests/reliability_page.py --dry   list them without running any
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ssod import __version__
+
+TESTS = Path(__file__).resolve().parent
+PAGE = TESTS.parent / "docs" / "reliability.md"
+ROWS = {
+    1: ("killed while a checkpoint is written", "the old or the new one loads; strays are swept at the next start"),
+    2: ("disk full at a save", "the old checkpoint stays, a clear error"),
+    3: ("checkpoint cut short or with a flipped bit", "noticed by its SHA-256; the last good one is used, and said"),
+    4: ("image that cannot be decoded", "counted, reported, replaced; above `max_bad` training stops"),
+    5: ("corrupt annotation file", "file, record and reason in one sentence"),
+    6: ("boxes outside, NaN or without area", "clipped or dropped and counted; `strict=true` refuses"),
+    7: ("unknown class, class number too large", "refused, with the names there are"),
+    8: ("image or annotation id twice, annotation id 0", "refused, or renumbered so that scores are right"),
+    9: ("no labelled image, no unlabelled image, no val", "said at the start"),
+    10: ("no pseudo box for long", "finite loss; an alarm with cause and numbers"),
+    11: ("loss not finite", "the step is skipped on all ranks; after 20 in a row the run stops, saved before them"),
+    12: (
+        "loss that explodes",
+        "an alarm; back to the last good checkpoint at half the rate, at most twice, then a stop",
+    ),
+    13: ("student not finite", "the moving average never takes it in"),
+    14: ("loader worker killed or hung", "an error that names it, within a time limit"),
+    15: ("out of memory", "a stop that can be resumed, with what to lower"),
+    16: ("a rank dies or hangs", "all processes end within 30 seconds, with a good checkpoint; `restarts` goes on"),
+    17: ("SIGTERM, SIGINT", "saved after the step; exit code 143 or 130; `resume=true` goes on"),
+    18: ("resumed in mid-epoch", "bit-equal on the CPU to a run that was never stopped"),
+    19: ("resumed on another number of ranks", "the same images in the same order"),
+    20: ("resume of a finished run", "refused, or longer with a larger `iters` or `epochs`"),
+    21: ("the clock moves", "order by step, durations by a clock that does not move back"),
+    22: ("data folder that cannot be written", "nothing is written there"),
+    23: ("two runs on one folder", "one wins, the other is told"),
+    24: ("spaces and other alphabets in paths", "the same result"),
+    25: ("rotated by EXIF, gray, 16-bit, CMYK, RGBA, palette", "one decoder, right pixels"),
+    26: ("gigantic image", "refused by its header, not decoded"),
+    27: ("malicious pickle as a checkpoint", "refused, its code not run"),
+    28: ("YAML with Python tags", "refused, nothing run"),
+    29: ("file names that lead out of the data folder", "refused"),
+    30: ("zoo or weights file damaged, cut, or not over https", "refused, nothing left behind"),
+    31: ("predictions not finite at validation", "refused (pycocotools would score AP 1.0)"),
+    32: ("classes of data and checkpoint differ", "said, with both lists"),
+    33: ("labels beside the unlabelled images", "never read: corrupting them changes no weight"),
+    34: ("validation images among the training ones", "found by their content, said"),
+}
+TOP = """# Reliability
+What is promised when something goes wrong, and the tests that make it go wrong for real. Exit codes: 2 the user's
+mistake, 1 a fault, 143 or 130 asked to stop.
+
+Written by `make reliability`, which runs every one of these tests, the slow ones included.
+"""
+
+
+def marked() -> dict[int, list[str]]:
+    """Of each row the tests that carry its number, "folder/file.py::test", in order."""
+    found = defaultdict(list)
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
+                    for row in mark.args:
+                        found[ast.literal_eval(row)].append(f"{path.relative_to(TESTS)}::{node.name}")
+    return dict(found)
+
+
+def page(outcomes: dict[str, Counter[str]] | None) -> str:
+    """The page's text; outcomes: of each test how many of its cases passed, failed or were skipped; None: not run."""
+    tests = marked()
+    lines = [TOP]
+    if outcomes is not None:
+        lines.append(f"Last run: {date.today().isoformat()}, ssod {__version__}, Python {sys.version.split()[0]}.\n")
+    lines += ["| # | fault | promise | tests | result |", "|---|---|---|---|---|"]
+    for row, (fault, promise) in ROWS.items():
+        total: Counter[str] = sum(((outcomes or {}).get(t, Counter()) for t in tests[row]), Counter())
+        result = ", ".join(f"{n} {what}" for what, n in sorted(total.items())) or "not run"
+        names = "<br>".join(f"`{t}`" for t in tests[row])
+        lines.append(f"| {row} | {fault} | {promise} | {names} | {result} |")
+    return "\n".join(lines) + "\n"
+
+
+def run() -> dict[str, Counter[str]]:
+    """Run all of them; outcomes by test."""
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        only = ["-m", "fault and not gpu", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        subprocess.run([sys.executable, "-m", "pytest", *only, str(TESTS)], cwd=TESTS.parent)
+        cases = ElementTree.parse(report).iter("testcase")
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for case in cases:
+            name = re.sub(r"\[.*", "", case.attrib["name"])
+            file = Path(case.attrib["file"]).relative_to("tests")
+            outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+            kinds = [outcome[c.tag] for c in case if c.tag in outcome]
+            found[f"{file}::{name}"][kinds[0] if kinds else "passed"] += 1
+        return found
+
+
+if __name__ == "__main__":
+    if "--dry" in sys.argv:
+        print(page(None))
+    else:
+        outcomes = run()
+        PAGE.write_text(page(outcomes), encoding="utf-8")
+        sys.exit(any(o["failed"] for o in outcomes.values()))
