@@ -125,11 +125,18 @@ class TrainConfig(RunFolder, Inference, Data):
 
     val_interval: int = Field(0, ge=0, description="steps between validations; 0 = ten in the run")
     val_fraction: float = Field(1.0, gt=0, le=1, description="share of the val images used while training")
+    baseline: Literal["none", "auto"] = Field(
+        "none", description="auto: then train the matched supervised control, too, and say what was gained over it"
+    )
     eval_on: Literal["both", "student", "teacher"] = Field("both", description="which network validation looks at")
     patience: int = Field(0, ge=0, description="stop after this many validations without a better AP; 0 = off")
     save_period: int = Field(0, ge=0, description="also keep a checkpoint every so many steps; 0 = off")
     save_interval: int = Field(500, ge=1, description="steps between writes of last.pt")
     plots: bool = Field(True, description="draw curves and predictions into the run folder")
+    film: int = Field(
+        16, ge=0, le=64, description="images whose pseudo labels are kept over the run, in `pseudo/`; 0 = none"
+    )
+    film_interval: int = Field(0, ge=0, description="steps between these moments; 0 = at every validation")
     seed: int = Field(0, ge=0, description="seed of the split, the weights and every draw")
     deterministic: bool = Field(True, description="prefer bit-equal results to the last bit of speed")
     restarts: int = Field(

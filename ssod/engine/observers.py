@@ -43,9 +43,18 @@ class Observer:
 def build_observers(trainer: SemiTrainer) -> list[Observer]:
     """The observers that the config asks for."""
     from ssod.engine.audit import Audit
+    from ssod.engine.board import Board
     from ssod.engine.diagnose import Diagnosis
+    from ssod.engine.film import Film
 
     found: list[Observer] = [Diagnosis(trainer)]
     if trainer.data.audit:
         found.append(Audit(trainer))
+    if trainer.config.baseline == "auto":
+        from ssod.engine.baseline import Baseline
+
+        found.append(Baseline(trainer))
+    if trainer.config.film:
+        found.append(Film(trainer))
+    found.append(Board(trainer))
     return found

@@ -36,6 +36,10 @@ class Verdict:
     reasons: list[str]
     tau: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Verdict:
+        values = [None if t is None else t.to(device) for t in (self.cls_weight, self.box_weight, self.tau)]
+        return Verdict(self.found.to(device), self.kept.to(device), values[0], values[1], self.reasons, values[2])
+
 
 def judged(
     found: Instances,
