@@ -209,6 +209,10 @@ def summary_text(summary: dict[str, Any]) -> str:
         )
     best = summary["best"]
     lines.append(f"{'best':<29}AP {best['AP']:.4f}  the {best['use']} at step {best['step']}: best.pt")
+    control = summary.get("baseline")
+    if control and control["gain"]["AP"] is not None:
+        ap, gain = control["AP"]["AP"], control["gain"]["AP"]
+        lines.append(f"{'supervised control, end':<29}AP {ap:.4f}  the {control['network']}; the gain is {gain:+.4f}")
     if summary["unreadable"]:
         lines.append(f"{len(summary['unreadable'])} images could not be read (metrics.json lists them)")
     folder = Path(summary["folder"])

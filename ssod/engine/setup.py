@@ -166,6 +166,10 @@ def check_options(config: TrainConfig) -> None:
     """Refuse unknown strategies, detectors and options before any data is read."""
     strategy = strategy_class(config.strategy.name)
     validate(strategy.Options, config.strategy.options, "strategy.")
+    if config.baseline == "auto" and not strategy.uses_unlabeled:
+        raise UserError(
+            f"strategy={config.strategy.name} is itself the control that baseline=auto would train; leave out baseline."
+        )
     if config.teacher_weights is not None and not strategy.two_stages:
         raise UserError(
             f"strategy={config.strategy.name} trains no teacher beforehand, so teacher_weights has no place; "

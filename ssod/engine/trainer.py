@@ -62,7 +62,7 @@ class SemiTrainer:
         try:
             self._prepare()
             self.observers = build_observers(self)
-            if resumed is not None:
+            if resumed is not None and folder is not None:
                 self._restore(resumed, folder)
         except BaseException:
             if folder is not None:
@@ -104,6 +104,13 @@ class SemiTrainer:
 
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary that metrics.json holds. Raises Stopped when asked to stop."""
+        try:
+            return self.run()
+        finally:
+            dist.close()
+
+    def run(self) -> dict[str, Any]:
+        """As `train`, and the processes of the run stay together for another one."""
         if dist.is_main():
             (self.folder / "args.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             (self.folder / "env.txt").write_text(environment(), encoding="utf-8")
@@ -112,6 +119,10 @@ class SemiTrainer:
             with self.signals, Pulse() as pulse:
                 self._loop(log, pulse)
             summary = self._finish(log)
+            if self.config.baseline == "auto":
+                from ssod.engine.baseline import run_baseline  # which is made of this file
+
+                summary["baseline"] = run_baseline(self)
             if self.config.plots:
                 from ssod.engine.report import report_at_end
 
@@ -121,7 +132,6 @@ class SemiTrainer:
         finally:
             log.close()
             self.log = None
-            dist.close()
             unlock_run(self.folder)
 
     def say(self, text: str) -> None:
@@ -326,6 +336,14 @@ class SemiTrainer:
         """best.pt holds the networks; any other name also holds all that resuming needs."""
         if not dist.is_main() or (name == "last.pt" and self._saved == self.step):
             return
+        weights, content = self.folder / "weights", self.content(whole=name != "best.pt")
+        save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
+        if name == "last.pt":
+            self._saved = self.step
+        self.callbacks("on_save", self, file=weights / name)
+
+    def content(self, whole: bool) -> dict[str, Any]:
+        """What a checkpoint holds: the networks, and with `whole` all that resuming needs."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "spec": self.strategy.student.spec,
@@ -335,7 +353,7 @@ class SemiTrainer:
             "metrics": {"best": self.best, "step": self.step, "seed": self.config.seed, "ssod": __version__},
             "networks": {n: m.state_dict() for n, m in self.strategy.networks().items()},
         }
-        if name != "best.pt":
+        if whole:
             content["train"] = {
                 "step": self.step,
                 "config": self.config.model_dump(),
@@ -350,14 +368,11 @@ class SemiTrainer:
                 "bad": self.bad,
                 "observers": {o.name: o.state_dict() for o in self.observers},
             }
-        weights = self.folder / "weights"
-        save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
-        if name == "last.pt":
-            self._saved = self.step
-        self.callbacks("on_save", self, file=weights / name)
+        return content
 
-    def _restore(self, train: dict[str, Any], folder: Path | None) -> None:
-        if train["step"] >= self.plan.iters:
+    def _restore(self, train: dict[str, Any], folder: Path) -> None:
+        done = ["metrics.json"] + ["baseline.json"] * (self.config.baseline == "auto")  # what comes after the last step
+        if train["step"] >= self.plan.iters and all((folder / name).is_file() for name in done):
             raise UserError(
                 f"{folder} is finished ({train['step']} of {self.plan.iters} steps). "
                 f"To go on, give a larger iters= or epochs=."

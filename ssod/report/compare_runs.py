@@ -21,7 +21,7 @@ MATTERS = {
     "another image size": ("imgsz",),
     "another seed": ("seed",),
     "another detector": ("detector", "backbone", "caffe_stride", "frozen_norm", "freeze"),
-    "other weights to start from": ("weights", "teacher_weights"),
+    "other weights to start from": ("weights",),
     "another batch": ("batch", "accumulate"),
     "another optimizer or schedule": (
         *("optimizer", "lr0", "lr_backbone", "momentum", "weight_decay"),
@@ -114,6 +114,8 @@ def read_run(folder: Path) -> Run:
         history, best = metrics["history"], metrics["best"]
         at_best = next(h for h in history if h["step"] == best["step"])
         final, chosen = history[-1][best["use"]], at_best[best["use"]]
+        if given := settings.get("teacher_weights"):  # what the run starts from, whichever way it was said
+            settings["weights"] = given[0] if isinstance(given, list) else given
         counts = {key: int(metrics[key]) for key in COUNTS}
     except FileNotFoundError as error:
         missing = Path(error.filename).name

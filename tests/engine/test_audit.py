@@ -27,14 +27,30 @@ QUICK = {"val_fraction": 0.25, "max_det": 10, "imgsz": 32, "labeled": "50%", "au
 FCOS = {"name": "fcos", "fpn_channels": 16, "head_convs": 0, "pre_nms": 50}
 
 
+FEW = {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01, "max_boxes": 20}
+SMALL = QUICK | {"detector": FCOS, "strategy": FEW, "eval_on": "student"}
+
+
 @pytest.fixture
 def tiny(tiny: Tiny) -> Tiny:
-    few = {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01, "max_boxes": 20}
-    return tiny | {"detector": FCOS, "strategy": few, "eval_on": "student"}
+    return tiny | SMALL
+
+
+@pytest.fixture(scope="module")
+def audited(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SemiTrainer, list[str]]:
+    """A finished run with an audit, and what it has said."""
+    plain = {"backbone": "resnet10t", "iters": 6, "burn_in": 3, "batch": 2, "workers": 0, "amp": False, "plots": False}
+    plain |= {"ema_decay": 0.5, "warmup_iters": 0, "val_interval": 3, "save_interval": 1, "device": "cpu"}
+    plain |= {"data": str(shapes_data), "project": str(tmp_path_factory.mktemp("audited"))}
+    trainer, said = SemiTrainer(load_config("train", plain | SMALL)), []
+    say = trainer.say
+    trainer.say = lambda text: (said.append(text), say(text))[1]  # type: ignore[method-assign]
+    trainer.train()
+    return trainer, said
 
 
 def run(overrides: Tiny, **more: Any) -> SemiTrainer:
-    trainer = SemiTrainer(load_config("train", overrides | QUICK | more))
+    trainer = SemiTrainer(load_config("train", overrides | more))
     trainer.train()
     return trainer
 
@@ -64,11 +80,10 @@ def listed(path: Path, names: list[str]) -> str:
     return str(path)
 
 
-def test_hidden_images_are_unlabelled_ones_and_measured_at_every_validation(tiny: Tiny) -> None:
-    said: list[str] = []
-    trainer = SemiTrainer(load_config("train", tiny | QUICK))
-    say, trainer.say = trainer.say, lambda text: (said.append(text), say(text))[1]  # type: ignore[method-assign]
-    trainer.train()
+def test_hidden_images_are_unlabelled_ones_and_measured_at_every_validation(
+    audited: tuple[SemiTrainer, list[str]],
+) -> None:
+    trainer, said = audited
     data = trainer.data
     assert (len(data.labeled), len(data.unlabeled), len(data.audit)) == (8, 16, 4)
     assert set(names_of(data.audit)) <= set(names_of(data.unlabeled))
@@ -95,8 +110,8 @@ def test_hidden_images_are_unlabelled_ones_and_measured_at_every_validation(tiny
 @pytest.mark.parametrize("strategy", ["supervised", "sed", "mean_teacher"])
 def test_without_a_threshold_nothing_is_kept_or_dropped(tiny: Tiny, strategy: str) -> None:
     tiny |= {"strategy": strategy, "detector": tiny["detector"] | {"half_scale": True}}
-    lines = read_audit(run(tiny, iters=4, burn_in=2, val_interval=1).folder)
-    networks = ["student"] * 4 if strategy == "supervised" else ["student", "teacher", "teacher", "teacher"]
+    lines = read_audit(run(tiny, iters=3, burn_in=2, val_interval=1).folder)
+    networks = ["student"] * 3 if strategy == "supervised" else ["student", "teacher", "teacher"]
     assert [line["network"] for line in lines] == networks
     first, last = lines[0]["all"], lines[-1]
     assert [first[k] for k in ("kept", "precision", "recall", "iou")] == [None] * 4, "tau=auto has seen no step yet"
@@ -105,21 +120,21 @@ def test_without_a_threshold_nothing_is_kept_or_dropped(tiny: Tiny, strategy: st
     assert (last["all"]["kept"] is not None) == automatic
 
 
-def test_measuring_changes_nothing_in_training(tiny: Tiny, tmp_path: Path) -> None:
+def test_measuring_changes_nothing_in_training(
+    audited: tuple[SemiTrainer, list[str]], tiny: Tiny, tmp_path: Path
+) -> None:
     """The same images, simply unlabelled and not measured, give the same weights to the last bit."""
-    audited = run(tiny, name="audited")
-    unlabelled = run(
-        tiny, name="plain", labeled=listed(tmp_path / "l.txt", names_of(audited.data.labeled)), audit="none"
-    )
-    assert names_of(unlabelled.data.unlabeled) == names_of(audited.data.unlabeled)
-    assert read_audit(audited.folder)
-    assert not (unlabelled.folder / "audit.jsonl").exists()
-    assert same_end(audited, unlabelled)
+    measured, _ = audited
+    plain = run(tiny, labeled=listed(tmp_path / "l.txt", names_of(measured.data.labeled)), audit="none")
+    assert names_of(plain.data.unlabeled) == names_of(measured.data.unlabeled)
+    assert read_audit(measured.folder)
+    assert not (plain.folder / "audit.jsonl").exists()
+    assert same_end(measured, plain)
 
 
 def test_true_labels_of_hidden_and_unlabelled_images_are_never_learnt(tiny: Tiny, tmp_path: Path) -> None:
     """With all their boxes elsewhere in the annotation file: the same weights, other figures of the audit."""
-    first = SemiTrainer(load_config("train", tiny | QUICK))
+    first = SemiTrainer(load_config("train", tiny))
     labeled = [*names_of(first.data.labeled), *names_of(first.data.audit)]
     tiny |= {"labeled": listed(tmp_path / "list.txt", labeled)}
     ends = []
@@ -134,7 +149,7 @@ def test_true_labels_of_hidden_and_unlabelled_images_are_never_learnt(tiny: Tiny
                 # The classes stay: which images are hidden follows from them, and the two runs must hide the same.
                 one["bbox"] = [0, 0, 4 + one["id"] % 5, 3]
         file.write_text(json.dumps(truth))
-        config = tiny | QUICK | {"data": str(root / "data.yaml"), "labeled": tiny["labeled"], "name": kind}
+        config = tiny | {"data": str(root / "data.yaml"), "name": kind}
         trainer = SemiTrainer(load_config("train", config))
         trainer.train()
         ends.append(trainer)
@@ -146,27 +161,24 @@ def test_true_labels_of_hidden_and_unlabelled_images_are_never_learnt(tiny: Tiny
     assert [b["n"] for b in figures[0]] == [b["n"] for b in figures[1]]
 
 
-def test_the_audit_hands_true_boxes_to_nobody_else(tiny: Tiny) -> None:
+def test_the_audit_hands_true_boxes_to_nobody_else(audited: tuple[SemiTrainer, list[str]], tiny: Tiny) -> None:
     """Other true boxes in memory, from the first step on, change the audit and nothing besides."""
-    plain = run(tiny, name="plain")
 
     def lie(state: State) -> None:
-        samples = [
-            replace(s, boxes=np.minimum(s.boxes, 3.0) + np.float32([0, 0, 5, 5])) for s in state.trainer.data.audit
-        ]
-        state.trainer.data.audit = SampleTable.of(samples)
+        moved = [replace(s, boxes=np.minimum(s.boxes, 3) + np.float32([0, 0, 5, 5])) for s in state.trainer.data.audit]
+        state.trainer.data.audit = SampleTable.of(moved)
 
-    trainer = SemiTrainer(load_config("train", tiny | QUICK | {"name": "lie"}), Callbacks({"on_train_start": lie}))
+    trainer = SemiTrainer(load_config("train", tiny), Callbacks({"on_train_start": lie}))
     trainer.train()
-    assert same_end(plain, trainer)
+    assert same_end(audited[0], trainer)
 
 
-def test_a_resumed_run_goes_on_with_the_same_audit(tiny: Tiny) -> None:
-    whole = run(tiny, name="whole", val_interval=1)
-    broken = run(tiny, name="broken", val_interval=1)
-    shutil.copy(broken.folder / "weights" / "previous.pt", broken.folder / "weights" / "last.pt")  # after step 5
-    (broken.folder / "weights" / "previous.pt").unlink()
-    resumed = SemiTrainer(load_config("train", {"resume": str(broken.folder)}))
+def test_a_resumed_run_goes_on_with_the_same_audit(audited: tuple[SemiTrainer, list[str]], tmp_path: Path) -> None:
+    whole, _ = audited
+    folder = tmp_path / "broken"
+    shutil.copytree(whole.folder, folder)
+    (folder / "weights" / "previous.pt").replace(folder / "weights" / "last.pt")  # as after step 5
+    resumed = SemiTrainer(load_config("train", {"resume": str(folder)}))
     assert resumed.step == 5
     resumed.train()
     assert names_of(resumed.data.audit) == names_of(whole.data.audit)
@@ -180,13 +192,13 @@ def test_hidden_images_join_a_folder_of_unlabelled_ones(tiny: Tiny, tmp_path: Pa
     source = Path(str(tiny["data"])).parent / "images" / "val"
     for name in ("0.png", "1.png"):
         shutil.copy(source / name, folder / f"own{name}")
-    data = build_data(load_config("train", tiny | QUICK | {"unlabeled": str(folder)}))
+    data = build_data(load_config("train", tiny | {"unlabeled": str(folder)}))
     assert names_of(data.unlabeled) == ["own0.png", "own1.png", *names_of(data.audit)]
     assert not any(len(s.boxes) for s in data.unlabeled)
-    without = build_data(load_config("train", tiny | QUICK | {"unlabeled": "none", "strategy": "supervised"}))
+    without = build_data(load_config("train", tiny | {"unlabeled": "none", "strategy": "supervised"}))
     assert (len(without.labeled), len(without.unlabeled), len(without.audit)) == (8, 0, 4)
 
 
 def test_an_audit_of_everything_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="audit=12: there are 12 labelled images; hide 1 to 11"):
-        build_data(load_config("train", tiny | QUICK | {"audit": 12}))
+        build_data(load_config("train", tiny | {"audit": 12}))
