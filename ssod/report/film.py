@@ -162,8 +162,9 @@ def read_pairs(folder: Path) -> list[Picture]:
     steps = sorted(by_step)
     if not steps:
         return []
-    chosen = steps if len(steps) <= PAIRS // 3 else [steps[round(i * (len(steps) - 1) / 3)] for i in range(4)]
-    each = max(1, PAIRS // len(chosen))
+    each = min(3, max(len(found) for found in by_step.values()))  # of a step, so that there are several steps
+    wanted = min(len(steps), PAIRS // each)
+    chosen = [steps[round((i + 1) * len(steps) / wanted) - 1] for i in range(wanted)]
     out = []
     for step, path in chain.from_iterable([(s, p) for p in by_step[s][:each]] for s in chosen):
         if (read := embed_file(path, PAIR)) is not None:

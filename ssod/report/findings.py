@@ -220,7 +220,7 @@ def worst_false_negatives(findings: Findings, matches: Matches, conf: float, mos
     truth, found = findings.truth, findings.found
     owner = matches.owner
     score = np.where(owner >= 0, found[owner, 6] if len(found) else 0.0, 0.0)
-    missed = np.flatnonzero((score < conf) & (truth[:, 6] == 0))
+    missed = np.flatnonzero(((owner < 0) | (score < conf)) & (truth[:, 6] == 0))
     area = (truth[:, 3] - truth[:, 1]) * (truth[:, 4] - truth[:, 2])
     missed = missed[np.lexsort((-area[missed], score[missed]))]
     return [

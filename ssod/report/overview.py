@@ -31,8 +31,11 @@ def command(args: Mapping[str, Any]) -> str:
 
 def word(value: Any) -> str:
     """A value as the command line reads it."""
-    if isinstance(value, str) and yaml.safe_load(value) == value:
-        return value
+    try:
+        if isinstance(value, str) and yaml.safe_load(value) == value:
+            return value
+    except yaml.YAMLError:  # such as a quote at its beginning, which needs quotes around it
+        pass
     return yaml.safe_dump(value, default_flow_style=True, width=10**9, sort_keys=False).split("\n")[0]
 
 
