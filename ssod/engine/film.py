@@ -2,10 +2,10 @@
 
 In the run folder:
 
-    pseudo/step000400.json      COCO JSON, boxes in pixels of the image files; see `record`
-    pseudo/images/ID.jpg        the images, small, once
-    pseudo/views/step000400-N.jpg  the weak and the strong view of some, as training makes them, with the boxes in both
-    pseudo/last.jpg             all images at the newest moment
+    pseudo/step000400.json          COCO JSON, boxes in pixels of the image files, see docs/pseudo_labels.md
+    pseudo/images/ID.jpg            the images, small, once
+    pseudo/views/step000400-ID.jpg  weak and strong view of some, as training makes them, with the boxes in both
+    pseudo/last.jpg                 all images at the newest moment
 
 At most MOMENTS moments are kept. The one that goes is the one whose neighbours are nearest to each other, so those that
 stay are spread over the run. Of an image all kept boxes and the DROPPED surest others are written.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FOLDER = "pseudo"
 MOMENTS = 40
-DROPPED = 50
+DROPPED = 30
 PAIRS = 4  # images of a moment whose two views are drawn
 
 
@@ -95,10 +95,7 @@ class Film(Observer):
             if self.trainer.config.plots:
                 self._draw(folder, stills, verdicts, step)
         self._say_bad()
-        steps = _moments(folder)
-        while len(steps) > MOMENTS:
-            gone = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
-            _remove(folder, steps.pop(gone))
+        thin_out(folder)
 
     def _verdicts(self, views: list[View], step: int) -> list[Verdict]:
         """The strategy's verdicts on views of one image each, on the CPU."""
@@ -110,7 +107,6 @@ class Film(Observer):
     def _content(self, stills: dict[int, Still], verdicts: dict[int, Verdict], step: int) -> dict[str, Any]:
         """COCO JSON: of each box also score, quality, weights, whether it is kept, and why."""
         trainer, names = self.trainer, self.trainer.data.names
-        begun = trainer.strategy.teacher is not None and step >= trainer.plan.burn_in
         tau = next(iter(verdicts.values())).tau
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -124,12 +120,15 @@ class Film(Observer):
             "description": f"pseudo labels after {step} steps",
             "step": step,
             "strategy": trainer.config.strategy.name,
-            "network": "teacher" if begun else "student",
+            "network": self._network(step),
             "burn_in": step < trainer.plan.burn_in,
             "tau": None if tau is None else dict(zip(names, (round(t, 4) for t in tau.tolist()), strict=True)),
         }
         categories = [{"id": k, "name": name} for k, name in enumerate(names, start=1)]
         return {"info": info, "images": images, "categories": categories, "annotations": annotations}
+
+    def _network(self, step: int) -> str:
+        return "student" if self.trainer.strategy.teacher is None or step < self.trainer.plan.burn_in else "teacher"
 
     def _count(self, content: dict[str, Any], step: int) -> None:
         """Kept boxes an image of each class, as curves."""
@@ -140,8 +139,10 @@ class Film(Observer):
         by_class(self.trainer, "film_kept_per_image", {n: c / images for n, c in counts.items()}, step)
 
     def _draw(self, folder: Path, stills: dict[int, Still], verdicts: dict[int, Verdict], step: int) -> None:
-        names = self.trainer.data.names
-        page = film_sheet([s.image for s in stills.values()], list(verdicts.values()), names)
+        names, title = self.trainer.data.names, f"step {step}, {self._network(step)}"
+        if step < self.trainer.plan.burn_in:
+            title += ": burn-in, nothing is learned from these yet"
+        page = film_sheet([s.image for s in stills.values()], list(verdicts.values()), names, title)
         encoded = jpeg(page)
         _write(folder / "last.jpg", encoded)
         if step - self._shown >= self.trainer.plan.iters / MOMENTS:  # an event file cannot be thinned out afterwards
@@ -149,7 +150,7 @@ class Film(Observer):
             self._shown = step
         for i, pair in self._pairs(list(stills.items())[:PAIRS], step):
             (verdict,) = self._verdicts([pair[0]], step)
-            drawn = pair_picture(pair, (pixels(pair[0]), pixels(pair[1])), verdict, names)
+            drawn = pair_picture(pair, (pixels(pair[0]), pixels(pair[1])), verdict, names, title)
             _write(folder / "views" / f"{_name(step)}-{i}.jpg", jpeg(drawn))
 
     def _pairs(self, stills: list[tuple[int, Still]], step: int) -> Iterator[tuple[int, tuple[View, View]]]:
@@ -206,6 +207,14 @@ def _numbers(values: Tensor | None, count: int) -> list[float | None]:
 
 def _name(step: int) -> str:
     return f"step{step:06d}"
+
+
+def thin_out(folder: Path) -> None:
+    """Leave at most MOMENTS moments, the first and the last among them."""
+    steps = _moments(folder)
+    while len(steps) > MOMENTS:
+        gone = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
+        _remove(folder, steps.pop(gone))
 
 
 def _moments(folder: Path) -> list[int]:

@@ -32,15 +32,21 @@ def thumbnail(image: np.ndarray) -> bytes:
     return jpeg(fit(image, min(THUMB, max(image.shape[:2])))[0])
 
 
-def film_sheet(images: Sequence[np.ndarray], verdicts: Sequence[Verdict], names: Sequence[str]) -> np.ndarray:
+def film_sheet(
+    images: Sequence[np.ndarray], verdicts: Sequence[Verdict], names: Sequence[str], title: str
+) -> np.ndarray:
     """All images of the film at one moment. Verdicts, here and below, are on the CPU."""
     tiles = [_tile(image, *_parts(v), TILE) for image, v in zip(images, verdicts, strict=True)]
     page = sheet(tiles, [f"{int(v.kept.sum())} of {len(v.found)} kept" for v in verdicts])
-    return _with_legend(page, [v.found for v in verdicts], names)
+    return _with_legend(page, [v.found for v in verdicts], names, title)
 
 
 def pair_picture(
-    views: tuple[View, View], images: tuple[np.ndarray, np.ndarray], verdict: Verdict, names: Sequence[str]
+    views: tuple[View, View],
+    images: tuple[np.ndarray, np.ndarray],
+    verdict: Verdict,
+    names: Sequence[str],
+    title: str,
 ) -> np.ndarray:
     """The weak view with the verdict's boxes, and the strong view with the same boxes as training carries them there.
 
@@ -50,7 +56,7 @@ def pair_picture(
     carried = [into_view([part], *views)[0] for part in (kept, dropped)]
     tiles = [_tile(images[0], kept, dropped, PAIR), _tile(images[1], carried[0], carried[1], PAIR)]
     titles = [f"weak: {len(kept)} kept, {len(dropped)} dropped", f"strong: {len(carried[0])} to learn from"]
-    return _with_legend(sheet(tiles, titles, columns=2), [verdict.found], names)
+    return _with_legend(sheet(tiles, titles, columns=2), [verdict.found], names, title)
 
 
 def _parts(verdict: Verdict) -> tuple[Instances, Instances]:
@@ -74,21 +80,22 @@ def _drawn(
     return draw_boxes(picture, boxes, found.labels.tolist(), captions, dashed=dashed)
 
 
-def _with_legend(page: np.ndarray, found: Sequence[Instances], names: Sequence[str]) -> np.ndarray:
-    """The page with the colours and names of the classes below it, the most frequent ones."""
+def _with_legend(page: np.ndarray, found: Sequence[Instances], names: Sequence[str], title: str) -> np.ndarray:
+    """The page with a title and, below it, the colours and names of the classes, the most frequent ones."""
     counts = np.bincount(np.concatenate([f.labels.numpy() for f in found]), minlength=len(names))
     shown = [k for k in np.argsort(-counts, kind="stable")[:NAMED].tolist() if counts[k]]
     font = ImageFont.load_default()
     line, width = 18, page.shape[1]
-    places, x, y = [], 8, 0
+    places, x, y = [], 8, line
     for k in shown:
         length = round(font.getlength(names[k])) + 26
         if x + length > width and x > 8:
             x, y = 8, y + line
         places.append((k, x, y))
         x += length
-    strip = Image.new("RGB", (width, y + line + 4 if shown else 0), (255, 255, 255))
+    strip = Image.new("RGB", (width, y + line + 4 if shown else line), (255, 255, 255))
     pen = ImageDraw.Draw(strip)
+    pen.text((8, 2), title, fill=(40, 40, 40), font=font)
     for k, x, y in places:
         pen.rectangle([x, y + 3, x + 9, y + 12], fill=class_color(k))
         pen.text((x + 14, y + 2), names[k], fill=(40, 40, 40), font=font)
