@@ -8,7 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
+
+from ssod.config import load_config
+
+NAMES = ["cat", "dog"]
+STEPS = [20, 40, 60]  # of the validations
+
+
+def made_by_hand(folder: Path, names: Sequence[str] = NAMES, **args: Any) -> Path:
+    """A finished run: args.yaml, env.txt, metrics.json, results.csv. args: options of it."""
+    folder.mkdir(parents=True)
+    config = load_config("train", {"data": "my.yaml", "iters": 60, "burn_in": 20, "labeled": "10%"} | args)
+    (folder / "args.yaml").write_text(yaml.safe_dump(config.model_dump(), allow_unicode=True))
+    (folder / "env.txt").write_text("python 3.11\n")
+    write_history(folder, names, STEPS, burn_in=20)
+    return folder
 
 
 def write_history(folder: Path, names: Sequence[str], steps: Sequence[int], burn_in: int = 0) -> None:

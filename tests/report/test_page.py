@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import run_files
-import yaml
 from PIL import Image
+from run_files import NAMES, STEPS, made_by_hand
 
 from ssod.cli import main, report_words
 from ssod.config import load_config, parse_words
@@ -32,9 +32,7 @@ from ssod.report.findings import FILE, Findings
 from ssod.report.page import Seen, write_page
 from ssod.report.run import differences, read_run
 
-NAMES = ["cat", "dog"]
 EVIL = "<script>alert(1)</script>"
-STEPS = [20, 40, 60]
 
 
 class Page(HTMLParser):
@@ -70,15 +68,6 @@ class Page(HTMLParser):
 
     def of(self, tag: str) -> list[dict[str, str]]:
         return [attrs for name, attrs in self.tags if name == tag]
-
-
-def made_by_hand(folder: Path, names: list[str] = NAMES, **args: Any) -> Path:
-    folder.mkdir(parents=True)
-    config = load_config("train", {"data": "my.yaml", "iters": 60, "burn_in": 20, "labeled": "10%"} | args)
-    (folder / "args.yaml").write_text(yaml.safe_dump(config.model_dump(), allow_unicode=True))
-    (folder / "env.txt").write_text("python 3.11\n")
-    run_files.write_history(folder, names, STEPS, burn_in=20)
-    return folder
 
 
 def page_of(folder: Path, **seen: Any) -> Page:
