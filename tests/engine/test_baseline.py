@@ -6,15 +6,19 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
+from ssod.engine.audit import read_audit
 from ssod.engine.baseline import Control, control_config, shares_burn_in
 from ssod.engine.callbacks import Callbacks
 from ssod.engine.setup import build, build_data
@@ -224,3 +228,20 @@ def test_the_supervised_strategy_has_no_other_control(shapes_data: Path, tmp_pat
     with pytest.raises(UserError, match="strategy=supervised is itself the control"):
         SemiTrainer(load_config("train", options(shapes_data, tmp_path, strategy="supervised")))
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_measure_once_and_train_one_control(shapes_data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "two.yaml"
+    more = {"audit": 2, "labeled": "50%", "batch": 4, "val_interval": 2, "iters": 4, "burn_in": 2}
+    config.write_text(yaml.safe_dump(options(shapes_data, tmp_path, **more)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = subprocess.run(
+        [*command, "-m", "ssod", "train", f"cfg={config}"], capture_output=True, text=True, timeout=400
+    )
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    folder = tmp_path / "train" / "exp"
+    assert [line["step"] for line in read_audit(folder)] == [2, 4]
+    assert [line["step"] for line in read_audit(folder / "baseline")] == [4], "the control begins at the burn-in's end"
+    assert json.loads((folder / "baseline.json").read_text())["steps"] == 4
+    assert end(folder / "baseline")["step"] == 4
+    assert [r["step"] for r in rows(folder / "baseline") if "sup/cls" in r] == ["1", "2", "3", "4"]
