@@ -5,27 +5,29 @@ Needs torch only where the model does, so whatever brings torch or the configs i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ssod import zoo
 from ssod.data.sizes import Size
 from ssod.deploy.array_model import ArrayModel
 from ssod.deploy.contract import Card
-from ssod.deploy.formats import ENDINGS
-from ssod.deploy.predictor import Predictor, open_model
+from ssod.deploy.predictor import Predictor, left_out, listed, open_model
 from ssod.deploy.results import Results
 from ssod.deploy.sources import Source
-from ssod.detectors import DETECTORS
+from ssod.engine.given import from_scratch, options_of, plain
 from ssod.engine.info import Info, info_of_card, info_of_detector
-from ssod.errors import UserError, did_you_mean
+from ssod.errors import UserError
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ssod.deploy.exported import Loaded
     from ssod.engine.benchmark import Report
     from ssod.engine.callbacks import State
+    from ssod.engine.predict import Options, Saving
     from ssod.engine.validate import Validation
 
 Functions = Mapping[str, "Callable[[State], object] | Sequence[Callable[[State], object]]"]
@@ -59,6 +61,7 @@ class SSOD:
     path   the file of the model, None before it is trained
     names  {class number: class name}, empty before it is trained
     card   the description of an exported model, else None
+    unreadable, saved  what the last `predict` could not read, and the run folder that it wrote
 
     Options of the methods are those of the command line (`ssod help train` lists them), with the same defaults and
     checks: `ssod train batch=4 strategy.tau=0.6` is `train(batch=4, strategy={"tau": 0.6})`. None means: not given.
@@ -72,8 +75,9 @@ class SSOD:
         self.weights, self.device = weights, device
         self._model: ArrayModel | Loaded | None = None
         self._callbacks: dict[str, list[Callable[[State], object]]] = {}
+        self._predicted: tuple[Predictor, Saving] | None = None
         self._data: dict[str, Any] = {}  # what it was trained on here, which `val` takes where nothing else is said
-        self._scratch = _from_scratch(model)  # options of `ssod train`, of what has no weights yet
+        self._scratch = from_scratch(model)  # options of `ssod train`, of what has no weights yet
         if self._scratch is None:
             self._open(Path(model))
 
@@ -119,7 +123,7 @@ class SSOD:
         Raises UserError for anything that can be mended, before the first step where possible; Fault where the run or
         a callback fails; ssod.engine.signals.Stopped when asked to stop by a signal, with everything saved.
         """
-        given = _given(locals())
+        given = options_of(locals())
         from ssod.config import load_config
         from ssod.engine.callbacks import Callbacks
         from ssod.engine.trainer import SemiTrainer
@@ -174,8 +178,8 @@ class SSOD:
                 f"{self.weights}. Leave out weights={self.weights}, or save() that one to a file of its own first."
             )
         spec = content["spec"]
-        here |= {"weights": str(self.path), "backbone": spec["backbone"], "imgsz": _plain(content["imgsz"])}
-        here |= {"detector": {"name": spec["name"], **_plain(spec["options"])}}
+        here |= {"weights": str(self.path), "backbone": spec["backbone"], "imgsz": plain(content["imgsz"])}
+        here |= {"detector": {"name": spec["name"], **plain(spec["options"])}}
         here |= {"caffe_stride": spec.get("caffe_stride", False)}
         return merge(here, given)
 
@@ -203,7 +207,7 @@ class SSOD:
         overrides  any other option of `ssod val`: save_json, data_path, exist_ok, ...
         Raises UserError for data that cannot be used or of other classes.
         """
-        given = _given(locals())
+        given = options_of(locals())
         from ssod.config import load_config
         from ssod.engine.validate import validate
 
@@ -212,39 +216,11 @@ class SSOD:
 
     @overload
     def predict(
-        self,
-        source: Source,
-        *,
-        stream: Literal[False] = False,
-        conf: float | None = None,
-        iou: float | None = None,
-        max_det: int | None = None,
-        imgsz: Size | None = None,
-        classes: Sequence[int | str] | None = None,
-        batch: int = 8,
-        workers: int = 0,
-        tile: int | None = None,
-        overlap: float = 0.2,
-        bgr: bool = False,
+        self, source: Source, *, stream: Literal[False] = False, **options: Unpack[Options]
     ) -> list[Results]: ...
 
     @overload
-    def predict(
-        self,
-        source: Source,
-        *,
-        stream: Literal[True],
-        conf: float | None = None,
-        iou: float | None = None,
-        max_det: int | None = None,
-        imgsz: Size | None = None,
-        classes: Sequence[int | str] | None = None,
-        batch: int = 8,
-        workers: int = 0,
-        tile: int | None = None,
-        overlap: float = 0.2,
-        bgr: bool = False,
-    ) -> Iterator[Results]: ...
+    def predict(self, source: Source, *, stream: Literal[True], **options: Unpack[Options]) -> Iterator[Results]: ...
 
     def predict(
         self,
@@ -257,17 +233,28 @@ class SSOD:
         imgsz: Size | None = None,
         classes: Sequence[int | str] | None = None,
         batch: int = 8,
-        workers: int = 0,
+        workers: int = 2,
         tile: int | None = None,
         overlap: float = 0.2,
+        save: bool = False,
+        save_txt: bool = False,
+        save_json: bool = False,
+        project: str | Path = "runs",
+        name: str = "exp",
+        exist_ok: bool = False,
         bgr: bool = False,
     ) -> list[Results] | Iterator[Results]:
         """Detect on files, folders, globs, URLs, videos, webcams, arrays, tensors, Pillow images, or a list of these;
-        results in the order of the sources, without the images that cannot be read.
+        results in the order of the sources, without the images that cannot be read: see `unreadable`.
 
         stream  True: results one by one, however long the source is, instead of a list
+        save    drawn images and videos into a run folder, see `saved`: the command line does so where it is not told
+                otherwise, Python where it is told to; save_txt, save_json, project, name, exist_ok  as there
+        bgr     arrays are BGR, as OpenCV reads them
         The other options are those of `Predictor`. Raises UserError as it does.
         """
+        from ssod.engine.predict import Saving
+
         predictor = Predictor(
             self._ready(),
             conf=conf,
@@ -281,7 +268,22 @@ class SSOD:
             overlap=overlap,
             bgr=bgr,
         )
-        return predictor.stream(source) if stream else predictor(source)
+        saving = Saving(project, name, exist_ok, save=save, save_txt=save_txt, save_json=save_json)
+        self._predicted = predictor, saving
+        results = predictor.stream(source)
+        if save or save_txt or save_json:
+            results = saving.through(results)
+        return _told(predictor, results) if stream else listed(predictor, source, results)
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(path, reason) of the images that the last `predict` left out; of a stream, as far as it has come."""
+        return [] if self._predicted is None else self._predicted[0].unreadable
+
+    @property
+    def saved(self) -> Path | None:
+        """The run folder that the last `predict` wrote, or None; of a stream, from its first result."""
+        return None if self._predicted is None else self._predicted[1].folder
 
     def export(
         self,
@@ -307,7 +309,7 @@ class SSOD:
         overrides  any other option of `ssod export`: opset, workspace, target, calibration, ...
         Raises UserError for what cannot be exported, Fault for an export that finds other things.
         """
-        given = _given(locals())
+        given = options_of(locals())
         from ssod.config import load_config
         from ssod.engine.export import export
 
@@ -324,11 +326,26 @@ class SSOD:
         overrides  any other option of `ssod benchmark`: batches, images, warmup, imgsz, ...
         Raises UserError as `ssod benchmark` does.
         """
-        given = _given(locals())
+        given = options_of(locals())
         from ssod.config import load_config
         from ssod.engine.benchmark import benchmark
 
         return benchmark(load_config("benchmark", self._how() | given))
+
+    def report(self, *, baseline: str | Path | None = None, out: str | Path | None = None, **overrides: Any) -> Path:
+        """Write the page about the training run that this checkpoint lies in, and return its path (docs/report.md).
+
+        baseline   folder of the run to hold it against; out  file to write; default: report.html in the run's folder
+        overrides  any other option of `ssod report`: data_path, device, ...
+        Raises UserError for a model that lies in no run folder.
+        """
+        given = options_of(locals())
+        from ssod.config import load_config
+        from ssod.engine.report import report
+
+        self._ready()
+        assert self.path is not None
+        return report(load_config("report", {"run": str(self.path.parent.parent)} | given))
 
     def info(self, verbose: bool = True) -> Info:
         """What the model is: detector, classes, image size, layers, parameters, GFLOPs; printed unless verbose=False.
@@ -400,40 +417,7 @@ class SSOD:
         return load_checkpoint(self.path)
 
 
-def _from_scratch(model: str | Path) -> dict[str, Any] | None:
-    """Options of `ssod train` for a training YAML or the name of a detector; None for a file with weights.
-
-    Raises UserError for a YAML that cannot be used, and for a word that is neither a name nor a file.
-    """
-    word = str(model)
-    if Path(word).suffix in (".yaml", ".yml"):
-        from ssod.config import load_config
-
-        load_config("train", {"cfg": word})
-        return {"cfg": word}
-    if word in DETECTORS:
-        return {"detector": word}
-    known = zoo.entries()
-    if word in known:
-        return None
-    if Path(word).name != word or Path(word).suffix or word.endswith(tuple(ENDINGS)) or Path(word).exists():
-        return None
-    raise UserError(
-        f"'{word}' is no model.{did_you_mean(word, [*DETECTORS, *known])} Give a file (best.pt, best.onnx), a training "
-        f"YAML, a name of the zoo (`ssod zoo` lists them), or a detector to train: {', '.join(DETECTORS)}."
-    )
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of a method's arguments (its locals() before any other) the options that were given, as the configs take them."""
-    own = {k: v for k, v in arguments.items() if k not in ("self", "callbacks", "overrides")}
-    return {k: _plain(v) for k, v in (own | arguments["overrides"]).items() if v is not None}
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, tuples as lists: what a YAML could hold."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+def _told(predictor: Predictor, results: Iterator[Results]) -> Iterator[Results]:
+    yield from results
+    if predictor.unreadable:
+        warnings.warn(left_out(predictor.unreadable), UserWarning, stacklevel=2)

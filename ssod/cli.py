@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from itertools import chain
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +232,7 @@ def _val(config: Any) -> int:
 
 def _predict(config: Any) -> int:
     from ssod.deploy.predictor import Predictor
-    from ssod.deploy.saver import Saver
-    from ssod.engine.run import new_run
+    from ssod.engine.predict import Saving
 
     predictor = Predictor(
         config.model,
@@ -247,25 +246,26 @@ def _predict(config: Any) -> int:
         overlap=config.overlap,
         **config.given_limits(),
     )
-    results = predictor.stream(config.source)
-    first = next(results)  # nothing is written before there is something
-    folder = new_run(config.project, "predict", config.name, config.exist_ok)
+    what = {key: getattr(config, key) for key in ("save", "save_txt", "save_json")}
+    saving = Saving(config.project, config.name, config.exist_ok, **what)
     code = 0
-    with Saver(folder, config.save, config.save_txt, config.save_json) as saver:
+    with closing(saving.through(predictor.stream(config.source))) as results:
         try:
-            for result in chain([first], results):
-                saver.add(result)
-                if saver.images <= 20:
+            for number, result in enumerate(results):
+                if number < 20:
                     print(f"{result.path}: {result.verbose()}")
         except KeyboardInterrupt:  # how a webcam is ended
+            if saving.folder is None:
+                raise
             print("ssod: interrupted; what was found so far is kept.", file=sys.stderr)
             code = 130
-    if saver.images > 20:
-        print(f"... and {saver.images - 20} more images")
+    assert saving.saver is not None
+    if saving.saver.images > 20:
+        print(f"... and {saving.saver.images - 20} more images")
     for path, reason in predictor.unreadable:
         print(f"ssod: skipped {path}: {reason}", file=sys.stderr)
-    print(saver.summary())
-    print(f"run folder {folder}")
+    print(saving.saver.summary())
+    print(f"run folder {saving.folder}")
     return code
 
 

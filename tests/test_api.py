@@ -6,8 +6,10 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ssod.api import Trained
 from ssod.checkpoint import load_checkpoint
 from ssod.cli import main
 from ssod.data.shapes import NAMES
+from ssod.deploy.predictor import Predictor
+from ssod.engine.predict import Options
 from ssod.modes import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +106,95 @@ def test_predict_takes_the_options_of_the_predictor(run: tuple[SSOD, Trained], s
     assert {int(c) for r in results for c in r.boxes.cls} == {0}
     stream = model.predict(source, conf=0.0, max_det=3, stream=True)
     assert len(next(stream)) == 3
+
+
+def folder_with_a_broken_image(photos: Path, folder: Path) -> Path:
+    """Three images of that folder and one that is none; by their names the latter comes second."""
+    folder.mkdir()
+    for new, old in zip("acd", sorted(photos.glob("*.png")), strict=False):
+        shutil.copy(old, folder / f"{new}.png")
+    (folder / "b.png").write_bytes(b"nothing of the kind")
+    return folder
+
+
+def test_images_that_cannot_be_read_are_said(run: tuple[SSOD, Trained], shapes_data: Path, tmp_path: Path) -> None:
+    model, _ = run
+    source = folder_with_a_broken_image(shapes_data.parent / "images" / "val", tmp_path / "photos")
+    broken = source / "b.png"
+    with pytest.warns(UserWarning, match=rf"1 image could not be read and have no results .{broken}: .*") as told:
+        results = model.predict(source)
+    assert [t.filename for t in told] == [__file__], "the line that called"
+    assert [r.path.stem for r in results] == ["a", "c", "d"]
+    ((path, reason),) = model.unreadable
+    assert path == str(broken)
+    assert reason
+    assert model.saved is None
+
+    stream = model.predict(source, stream=True, batch=1, workers=0)
+    next(stream)
+    assert model.unreadable == []
+    with pytest.warns(UserWarning, match="1 image could not be read") as told:
+        assert len(list(stream)) == 2
+    assert [t.filename for t in told] == [__file__]
+    assert model.unreadable == [(path, reason)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict(source / "a.png")
+    assert model.unreadable == [], "of the last call"
+    with pytest.raises(UserError, match="none of the 7 images can be read"):
+        model.predict([broken] * 7)
+    with pytest.warns(UserWarning, match=r"7 images could not .*; and 2 more\); `unreadable` lists them"):
+        Predictor(model.path or "", device="cpu")([source / "a.png", *[broken] * 7])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_predict_writes_what_the_command_line_writes(
+    run: tuple[SSOD, Trained], shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _ = run
+    source = shapes_data.parent / "images" / "val"
+    words = [f"model={model.path}", f"source={source}", "device=cpu", "conf=0.01", "save_txt=true", "save_json=true"]
+    assert main(["predict", *words]) == 0
+    results = model.predict(source, conf=0.01, save=True, save_txt=True, save_json=True)
+    assert model.saved == Path("runs/predict/exp-2")
+    there, here = contents(tmp_path / "runs/predict/exp"), contents(model.saved)
+    assert there == here
+    assert {f"{r.path.stem}.jpg" for r in results} < set(here)
+
+    model.predict(source, project=tmp_path / "mine", name="text", save_txt=True)
+    assert model.saved == tmp_path / "mine/predict/text"
+    assert {Path(name).parts[0] for name in contents(model.saved)} == {"labels"}, "no images that nobody asked for"
+    again = model.predict(source, project=tmp_path / "mine", name="text", exist_ok=True, save_txt=True)
+    assert model.saved == tmp_path / "mine/predict/text", "free again"
+    model.predict(source)
+    assert model.saved is None
+    assert len(again) == len(results)
+
+
+def test_a_saved_stream_that_is_left_early_is_complete(
+    run: tuple[SSOD, Trained], shapes_data: Path, tmp_path: Path
+) -> None:
+    model, _ = run
+    source = shapes_data.parent / "images" / "val"
+    stream = model.predict(source, stream=True, save=True, save_json=True, project=tmp_path)
+    assert model.saved is None
+    assert not (tmp_path / "predict").exists()
+    names = [next(stream).path.stem for _ in range(3)]
+    stream.close()  # type: ignore[attr-defined]
+    folder = tmp_path / "predict" / "exp"
+    assert model.saved == folder
+    assert {p.stem for p in folder.glob("*.jpg")} == set(names)
+    assert [Path(row["path"]).stem for row in json.loads((folder / "predictions.json").read_text())] == names
+    with pytest.raises(UserError, match="no image there"):
+        model.predict(tmp_path / "none", save=True, project=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "predict").iterdir()) == ["exp"], "nothing for nothing"
 
 
 def test_a_checkpoint_trains_onward_as_what_it_is(run: tuple[SSOD, Trained], recipe: Path, shapes_data: Path) -> None:
@@ -201,6 +294,9 @@ def test_mistakes(run: tuple[SSOD, Trained], recipe: Path, tmp_path: Path) -> No
         (lambda: model.save(tmp_path / "x.onnx"), "a checkpoint is named NAME.pt"),
         (lambda: model.save(tmp_path / "no" / "x.pt"), "no does not exist"),
         (lambda: model.val(split="vla"), "split='vla' does not fit"),
+        (lambda: model.predict("x.jpg", batch=0), "batch=0 does not fit: it should be 1 or more"),
+        (lambda: model.predict("x.jpg", conf=2), r"conf=2 does not fit: it should be 0 \.\. 1"),
+        (lambda: model.predict("x.jpg", imgsz=16), "imgsz=16: give a long side of at least 32 pixels"),
     ):
         with pytest.raises(UserError, match=sentence):
             call()
@@ -214,6 +310,15 @@ def test_named_options_are_options_of_the_command_line() -> None:
         assert set(named) - {"callbacks", "cfg"} <= set(MODES[mode].model_fields), mode
         assert set(named.values()) == {None}, mode
         assert parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    parameters = list(inspect.signature(SSOD.predict).parameters.values())[1:]
+    named = {p.name: p.default for p in parameters if p.name not in ("source", "stream", "bgr")}
+    assert set(named) == set(Options.__annotations__) - {"bgr"}
+    assert set(named) == set(MODES["predict"].model_fields) - {"model", "weights", "source", "device", "verbose"}
+    there = {name: MODES["predict"].model_fields[name].default for name in named}
+    in_the_file = {"conf", "iou", "max_det"}  # None: of an exported model its own
+    assert {name for name in named if named[name] != there[name]} == in_the_file | {"save"}
+    assert named["save"] is False
+    assert all(named[name] is None for name in in_the_file)
 
 
 def test_the_package_is_typed() -> None:
@@ -234,7 +339,7 @@ def test_every_example_of_the_docs_runs(
     (tmp_path / "my.yaml").write_text(shapes_data.read_text().replace("path: .", f"path: {shapes_data.parent}"))
     (tmp_path / "photos").symlink_to(shapes_data.parent / "images" / "val")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         small = block.replace('SSOD("fcos")', 'SSOD("fcos.yaml")')
         small = small.replace(

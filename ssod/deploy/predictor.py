@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssod.data.sizes import Size
+from ssod.data.sizes import Size, sides
 from ssod.deploy.array_model import ArrayModel, OnArrays
 from ssod.deploy.asked import Asked, asked, check_weights, fit_of
 from ssod.deploy.formats import kind_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ssod.detectors.base import Detector
 
 _HEAVY = 1 << 30  # bytes of video frames that a list of results may hold before it is told of
+_SHOWN = 5  # unreadable images that a warning names
 _MANY = 1000  # detections kept before some classes are picked: others must not crowd out the wanted ones
 
 
@@ -111,6 +112,7 @@ class Predictor:
         overlap: float = 0.2,
         bgr: bool = False,
     ) -> None:
+        _check(imgsz, conf=conf, iou=iou, max_det=max_det, batch=batch, workers=workers)
         self.model = open_model(model, weights, device) if isinstance(model, str | Path) else model
         self.names = self.model.names
         self.asked = asked(self.model.card, self.model.path, conf, iou, max_det)
@@ -121,20 +123,11 @@ class Predictor:
 
     def __call__(self, source: Source) -> list[Results]:
         """`stream` as a list. A long video takes much memory so, which is warned of; a webcam never ends.
+        Images that cannot be read are warned of, too.
 
         Raises UserError as `stream` does, and for a webcam.
         """
-        if is_live(source):
-            raise UserError(f"source={source} is a webcam, which never ends: use stream=True and stop when you like.")
-        results: list[Results] = []
-        held = 0  # bytes
-        for result in self.stream(source):
-            before, held = held, held + (result.orig_img.nbytes if result.frame else 0)
-            if before <= _HEAVY < held:
-                told = f"the frames of {result.path} take more than {_HEAVY >> 30} GiB of memory as a list of results."
-                warnings.warn(f"{told} stream=True gives one after the other.", UserWarning, stacklevel=2)
-            results.append(result)
-        return results
+        return listed(self, source, self.stream(source))
 
     def stream(self, source: Source) -> Iterator[Results]:
         """Detect on a source (see ssod.deploy.sources.pictures): files, folders, globs, URLs, videos, webcams, arrays,
@@ -180,3 +173,42 @@ class Predictor:
             f"classes: the model has no class {name!r}.{did_you_mean(str(name), self.names)} "
             f"It knows {', '.join(self.names)}."
         )
+
+
+_RANGES = {"conf": (0, 1), "iou": (0, 1), "max_det": (1, None), "batch": (1, None), "workers": (0, None)}
+
+
+def _check(imgsz: Size | None, **given: float | None) -> None:
+    """Raises UserError for what is out of its range; the command line has looked already."""
+    for key, value in given.items():
+        low, high = _RANGES[key]
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            wanted = f"{low} or more" if high is None else f"{low} .. {high}"
+            raise UserError(f"{key}={value!r} does not fit: it should be {wanted}.")
+    if imgsz is not None and sides(imgsz)[0] < 32:
+        raise UserError(f"imgsz={imgsz}: give a long side of at least 32 pixels, or [short, long] such as [800, 1333].")
+
+
+def listed(predictor: Predictor, source: Source, results: Iterator[Results]) -> list[Results]:
+    """Those results of a source as a list: `Predictor.__call__` says the rest. Warnings name its caller's caller."""
+    if is_live(source):
+        raise UserError(f"source={source} is a webcam, which never ends: use stream=True and stop when you like.")
+    found: list[Results] = []
+    held = 0  # bytes
+    for result in results:
+        before, held = held, held + (result.orig_img.nbytes if result.frame else 0)
+        if before <= _HEAVY < held:
+            told = f"the frames of {result.path} take more than {_HEAVY >> 30} GiB of memory as a list of results."
+            warnings.warn(f"{told} stream=True gives one after the other.", UserWarning, stacklevel=3)
+        found.append(result)
+    if predictor.unreadable:
+        warnings.warn(left_out(predictor.unreadable), UserWarning, stacklevel=3)
+    return found
+
+
+def left_out(unreadable: Sequence[tuple[str, str]]) -> str:
+    """A sentence about images (path, reason) that have no results."""
+    shown = "; ".join(f"{path}: {reason}" for path, reason in unreadable[:_SHOWN])
+    more = f"; and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
+    count = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
+    return f"{count} could not be read and have no results ({shown}{more}); `unreadable` lists them."
