@@ -30,7 +30,7 @@ BINS = 20  # of a score histogram
 class Film:
     """steps: recorded, rising; images: thumbnails with the boxes of the last step; data: what the script draws.
 
-    counts      a (step, kept, dropped) each, over all boxes of the file
+    counts      a (step, kept, dropped) each, with the boxes that the files only count
     scores      {class: bins (low, high, n, kept)} at the last step; taus: {class: threshold} then
     notes       sentences about what was left out
     """
@@ -59,27 +59,34 @@ def read_film(folder: Path) -> Film | None:
     last = records[-1]
     names = {c["id"]: str(c["name"]) for c in last["categories"]}
     order = {cid: i for i, cid in enumerate(names)}
-    images, frames, cut, reasons = [], [], 0, dict[str, int]()
+    images, frames, totals, cut, reasons = [], [], [], 0, dict[str, int]()
     for image in last["images"][:IMAGES]:
         thumb = embed_file(folder / "images" / f"{image['id']}.jpg", THUMB)
         if thumb is None:
             notes.append(f"The thumbnail of {image['file_name']} cannot be read.")
             continue
-        per_step = []
+        per_step, sums = [], []
         for record in records:
-            boxes, more = _boxes(record, image["id"])
-            cut += more
+            boxes, kept, dropped = _boxes(record, image["id"])
+            cut += kept + dropped - len(boxes)
             per_step.append([_packed(a, order, reasons) for a in boxes])
+            sums.append((kept, dropped))
         frames.append(per_step)
-        images.append(_picture(image, thumb[0], boxes, order, names))
+        totals.append(sums)
+        images.append(_picture(image, thumb[0], boxes, sums[-1], order, names))
     if cut:
-        notes.append(f"Of an image the {KEPT} surest kept and the {DROPPED} surest dropped boxes are drawn.")
+        notes.append(
+            f"Of an image at most the {KEPT} surest kept and {DROPPED} surest dropped boxes are drawn; all are counted."
+        )
+    if less := sum(_left_out(last).values()):
+        notes.append(f"Scores at step {last['info']['step']} are without {less} dropped boxes, the least sure ones.")
     data = {
         "steps": [r["info"]["step"] for r in records],
         "names": list(names.values()),
         "hues": [hue(i) for i in range(len(names))],
         "reasons": list(reasons),
         "images": frames,
+        "totals": totals,
     }
     return Film(data["steps"], images, data, counts, _histograms(last, names), _taus(last, names), notes)
 
@@ -99,15 +106,20 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _count(record: dict[str, Any]) -> tuple[int, int]:
     kept = sum(bool(a["kept"]) for a in record["annotations"])
-    return kept, len(record["annotations"]) - kept
+    return kept, len(record["annotations"]) - kept + sum(_left_out(record).values())
 
 
-def _boxes(record: dict[str, Any], image: int) -> tuple[list[dict[str, Any]], int]:
-    """The boxes of an image worth drawing, dropped ones first so that kept ones lie above, and how many were cut."""
+def _left_out(record: dict[str, Any]) -> dict[int, int]:
+    """{image id: dropped boxes that the file counts and does not hold}."""
+    return {i["id"]: int(i.get("left_out", 0)) for i in record["images"]}
+
+
+def _boxes(record: dict[str, Any], image: int) -> tuple[list[dict[str, Any]], int, int]:
+    """The boxes of an image worth drawing, dropped ones first so that kept ones lie above; how many were kept and
+    dropped in all."""
     own = sorted((a for a in record["annotations"] if a["image_id"] == image), key=lambda a: -(a.get("score") or 0))
     kept, dropped = [a for a in own if a["kept"]], [a for a in own if not a["kept"]]
-    shown = [*dropped[:DROPPED], *kept[:KEPT]]
-    return shown, len(own) - len(shown)
+    return [*dropped[:DROPPED], *kept[:KEPT]], len(kept), len(dropped) + _left_out(record).get(image, 0)
 
 
 def _packed(a: dict[str, Any], order: dict[int, int], reasons: dict[str, int]) -> list[float | int]:
@@ -118,7 +130,12 @@ def _packed(a: dict[str, Any], order: dict[int, int], reasons: dict[str, int]) -
 
 
 def _picture(
-    image: dict[str, Any], url: str, boxes: list[dict[str, Any]], order: dict[int, int], names: dict[int, str]
+    image: dict[str, Any],
+    url: str,
+    boxes: list[dict[str, Any]],
+    total: tuple[int, int],
+    order: dict[int, int],
+    names: dict[int, str],
 ) -> Picture:
     drawn = []
     for a in boxes:
@@ -127,8 +144,7 @@ def _picture(
         kind = "solid" if a["kept"] else "dashed"
         drawn.append(rectangle((x, y, x + w, y + h), order[a["category_id"]], kind, title))
     name = str(image["file_name"]).rsplit("/", 1)[-1]
-    kept = sum(bool(a["kept"]) for a in boxes)
-    alt = f"{name}: {kept} pseudo boxes kept, {len(boxes) - kept} dropped at the last recorded step"
+    alt = f"{name}: {total[0]} pseudo boxes kept, {total[1]} dropped at the last recorded step"
     return Picture(url, image["width"], image["height"], alt, name, "", Markup("".join(drawn)))
 
 

@@ -250,6 +250,14 @@ def test_all_parts_by_hand(tmp_path: Path) -> None:
     written = json.loads((run / "pseudo" / "step000060.json").read_text())["annotations"]
     kept = sum(a["kept"] for a in written)
     assert film.counts[-1] == (60, kept, len(written) - kept)
+    record = run / "pseudo" / "step000060.json"
+    fewer = json.loads(record.read_text())
+    fewer["images"][0]["left_out"] = 67  # what a file counts and does not hold
+    record.write_text(json.dumps(fewer))
+    film = read_film(run / "pseudo")
+    assert film is not None
+    assert film.counts[-1] == (60, kept, len(written) - kept + 67)
+    assert "without 67 dropped boxes" in " ".join(film.notes)
     solid = [r for r in page.of("rect") if r.get("class") == "solid"]
     assert len(solid) == kept, "the last step is drawn without the script"
 

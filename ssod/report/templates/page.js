@@ -82,11 +82,10 @@
     box.append(title);
     return box;
   }));
-  const count = (boxes) => { const kept = boxes.filter((b) => b[6]).length; return [kept, boxes.length - kept]; };
   const step = (at) => {
     const sums = [0, 0];
     for (const figure of figures) {
-      const boxes = film.images[figure.dataset.image][at], [kept, dropped] = count(boxes);
+      const boxes = film.images[figure.dataset.image][at], [kept, dropped] = film.totals[figure.dataset.image][at];
       draw(figure.querySelector(".boxes"), boxes);
       figure.querySelector(".count").textContent = kept + " kept, " + dropped + " dropped";
       sums[0] += kept; sums[1] += dropped;
@@ -103,7 +102,7 @@
     strip.hidden = !open;
     strip.replaceChildren(...(open ? film.steps : []).map((at, i) => {
       const one = document.createElement("figure"), text = document.createElement("figcaption"), frame = figure.querySelector(".frame").cloneNode(true);
-      const boxes = film.images[figure.dataset.image][i], [kept, dropped] = count(boxes);
+      const boxes = film.images[figure.dataset.image][i], [kept, dropped] = film.totals[figure.dataset.image][i];
       draw(frame.querySelector(".boxes"), boxes);
       text.textContent = "step " + at + ": " + kept + " kept, " + dropped + " dropped";
       one.append(frame, text);
