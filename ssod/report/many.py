@@ -72,7 +72,7 @@ def _row(run: Run, name: str, place: int) -> dict[str, Any]:
 
 
 def _color(place: int) -> str:
-    return class_color(place) if place < COLOURED else "var(--line)"
+    return class_color(place) if place < COLOURED else "var(--soft)"
 
 
 def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[Markup]:
