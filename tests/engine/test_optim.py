@@ -11,7 +11,6 @@ from torch import nn
 
 from ssod.config import load_config
 from ssod.detectors import build_detector
-from ssod.engine.diagnose import Starvation
 from ssod.engine.log import Averages, progress_text
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.nn import precision
@@ -100,11 +99,3 @@ def test_the_progress_line_shows_both_losses_and_what_the_teacher_gave() -> None
     values = {"sup/cls": 0.5, "sup/box": 0.25, "unsup/cls": 0.125}
     values |= {"pseudo/per_image": 12.34, "pseudo/kept": 0.4, "pseudo/tau": 0.5}
     assert progress_text(values) == "sup 0.750 unsup 0.125 | 12.3 boxes/img, 40% kept, tau 0.50"
-
-
-def test_starvation_is_said_once_after_three_lines() -> None:
-    hungry = {"pseudo/per_image": 0.0, "pseudo/labeled_per_image": 4.0, "pseudo/tau": 0.9}
-    alarm = Starvation(True)
-    said = [alarm.look(v) for v in ({}, hungry, hungry, hungry | {"pseudo/per_image": 3.0}, *[hungry] * 6)]
-    assert [s is not None for s in said] == [False] * 6 + [True] + [False] * 3
-    assert Starvation(False).look(hungry) is None

@@ -10,7 +10,8 @@ import torch
 from small import SIZE, batch, detector, strategy, unsupervised, view
 from torch import Tensor
 
-from ssod.engine.diagnose import Starvation
+from ssod.engine.diagnosis.probe import Scores
+from ssod.engine.diagnosis.supply import Supply
 from ssod.errors import UserError
 from ssod.nn.ema import ema_decay_at
 from ssod.strategies import build_strategy
@@ -305,11 +306,16 @@ def test_the_weight_grows_over_the_ramp() -> None:
 
 
 def test_the_alarm_for_missing_pseudo_boxes_stays_silent() -> None:
-    out = strategy("sed", "fcos", HALF)(batch(), step=0)
+    s = strategy("sed", "fcos", HALF)
+    out = s(batch(), step=0)
     values = {k: float(v) for k, v in out.stats.items()}
     assert values["distill/boxes_per_image"] == 0  # untrained: nothing above 0.5, and yet every candidate teaches
-    alarm = Starvation(expects_pseudo_boxes=True)
-    assert [alarm.look(values) for _ in range(10)] == [None] * 10
+    supply = Supply()
+
+    def refuse() -> Scores:
+        raise AssertionError("an alarm")
+
+    assert [list(supply.look(values, i, s.plan, 3.0, s.options, refuse)) for i in range(10)] == [[]] * 10
 
 
 def test_half_size_images_need_their_level() -> None:
