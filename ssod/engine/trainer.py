@@ -23,6 +23,7 @@ from ssod.engine.callbacks import Callbacks
 from ssod.engine.diagnosis.clock import DataClock
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.log import Averages, Logger, over_ranks
+from ssod.engine.memory import memory_fault, ran_out
 from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.pulse import Pulse
@@ -189,9 +190,12 @@ class SemiTrainer:
                     self._save(f"step{self.step}.pt")
                 if asked := dist.agree(self.signals.asked or 0, self.device):  # all ranks stop after the same step
                     raise Stopped(asked)
-        except BaseException:
+        except BaseException as error:
+            no_memory = ran_out(error)
             if self.step and skipped == 0:
                 self._save("last.pt")
+            if no_memory:
+                raise memory_fault(config, self.step, self.folder) from error
             raise
         self._save("last.pt")
 

@@ -80,7 +80,8 @@ def test_the_same_seed_gives_the_same_run_with_any_number_of_workers(tiny: Tiny)
 
 
 @pytest.mark.parametrize(("name", "stop"), [("fcos", 2), ("fcos", 3), ("faster_rcnn", 5)])
-def test_a_resumed_run_equals_one_that_was_never_stopped(tiny: Tiny, name: str, stop: int) -> None:  # FAULTS 17, 18
+@pytest.mark.fault(17, 18)
+def test_a_resumed_run_equals_one_that_was_never_stopped(tiny: Tiny, name: str, stop: int) -> None:
     tiny |= {"detector": {"name": name, "fpn_channels": 32}}
     whole, _ = run(tiny, name="whole")
     halves = SemiTrainer(load_config("train", tiny | {"name": "halves"}))
@@ -111,6 +112,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tiny: Tiny, name: str, 
     assert kept[0] == kept[1]
 
 
+@pytest.mark.fault(18)
 def test_the_comparison_above_notices_a_lost_state(tiny: Tiny) -> None:
     trainer, _ = run(tiny)
     state = load_checkpoint(trainer.folder / "weights" / "last.pt")["train"]
@@ -119,7 +121,8 @@ def test_the_comparison_above_notices_a_lost_state(tiny: Tiny) -> None:
         assert not same(state[key], other[key]), key
 
 
-def test_a_finished_run_is_not_resumed_but_may_be_made_longer(tiny: Tiny) -> None:  # 20
+@pytest.mark.fault(20)
+def test_a_finished_run_is_not_resumed_but_may_be_made_longer(tiny: Tiny) -> None:
     trainer, _ = run(tiny, iters=4)
     with pytest.raises(UserError, match=r"is finished .4 of 4 steps.*larger iters="):
         SemiTrainer(load_config("train", {"resume": True, "project": tiny["project"]}))
@@ -135,9 +138,8 @@ def test_a_resumed_run_keeps_its_own_config(tiny: Tiny) -> None:
         SemiTrainer(load_config("train", {"resume": str(trainer.folder), "iters": 6, "lr0": 0.5, "batch": 3}))
 
 
-def test_a_damaged_last_checkpoint_resumes_from_the_previous(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:  # 3
+@pytest.mark.fault(3)
+def test_a_damaged_last_checkpoint_resumes_from_the_previous(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = run(tiny)
     last = trainer.folder / "weights" / "last.pt"
     last.write_bytes(last.read_bytes()[:-100])
@@ -146,6 +148,7 @@ def test_a_damaged_last_checkpoint_resumes_from_the_previous(
     assert "last.pt" in capsys.readouterr().err
 
 
+@pytest.mark.fault(18)
 def test_a_killed_run_goes_on(tiny: Tiny) -> None:  # SIGKILL
     import yaml
 
@@ -166,6 +169,7 @@ def test_a_killed_run_goes_on(tiny: Tiny) -> None:  # SIGKILL
     assert resumed.step >= 1
 
 
+@pytest.mark.fault(17)
 def test_sigint_of_a_whole_process_saves_and_exits_with_130(tiny: Tiny) -> None:
     import yaml
 
@@ -185,7 +189,8 @@ def test_sigint_of_a_whole_process_saves_and_exits_with_130(tiny: Tiny) -> None:
     assert load_checkpoint(table.parent / "weights" / "last.pt")["train"]["step"] > 0
 
 
-def test_two_runs_on_one_folder(tmp_path: Path) -> None:  # 23
+@pytest.mark.fault(23)
+def test_two_runs_on_one_folder(tmp_path: Path) -> None:
     folder = new_run(str(tmp_path), "train", "exp", exist_ok=True)
     code = (
         "from ssod.engine.run import lock_run; from pathlib import Path; from ssod.errors import Fault, UserError\n"
@@ -210,16 +215,18 @@ def broken_data(shapes_data: Path, tmp_path: Path) -> Path:
     return root / "data.yaml"
 
 
-def test_images_that_cannot_be_read_are_replaced_and_reported(tiny: Tiny, broken_data: Path) -> None:  # 4, 24
+@pytest.mark.fault(4)
+def test_images_that_cannot_be_read_are_replaced_and_reported(tiny: Tiny, broken_data: Path) -> None:
     before = {p: p.read_bytes() for p in broken_data.parent.rglob("*") if p.is_file()}
     _, summary = run(tiny, data=str(broken_data), max_bad=0.2, batch=6, iters=8)
     assert {Path(p).name for p in summary["unreadable"]} == {"3.png", "4.png"}
     assert {p: p.read_bytes() for p in broken_data.parent.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.fault(4)
 def test_a_validation_image_that_cannot_be_read_is_said(
     tiny: Tiny, broken_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # 4
+) -> None:
     file = broken_data.parent / "images" / "val" / "2.png"
     file.write_bytes(file.read_bytes()[:-2000])
     _, summary = run(tiny, data=str(broken_data), max_bad=0.5)
@@ -227,12 +234,14 @@ def test_a_validation_image_that_cannot_be_read_is_said(
     assert capsys.readouterr().out.count("validation counts it as without detections") == 1
 
 
-def test_too_many_unreadable_images_stop_the_run(tiny: Tiny, broken_data: Path) -> None:  # 4
+@pytest.mark.fault(4)
+def test_too_many_unreadable_images_stop_the_run(tiny: Tiny, broken_data: Path) -> None:
     with pytest.raises(UserError, match=r"training images cannot be read, more than max_bad=0\.01"):
         run(tiny, data=str(broken_data), max_bad=0.01, batch=6, iters=8)
 
 
-def test_annotations_of_unlabelled_images_change_nothing(tiny: Tiny, shapes_data: Path, tmp_path: Path) -> None:  # 33
+@pytest.mark.fault(33)
+def test_annotations_of_unlabelled_images_change_nothing(tiny: Tiny, shapes_data: Path, tmp_path: Path) -> None:
     """Train with the true labels of the unlabelled part, then with garbage there: the same weights, to the bit."""
     truth = json.loads((shapes_data.parent / "annotations" / "instances_train.json").read_text())
     root = tmp_path / "poisoned"
@@ -254,7 +263,8 @@ def test_annotations_of_unlabelled_images_change_nothing(tiny: Tiny, shapes_data
     assert same(*states)
 
 
-def test_steps_without_finite_gradients_are_skipped_and_then_stop_the_run(tiny: Tiny) -> None:  # 11, 13
+@pytest.mark.fault(11, 13)
+def test_steps_without_finite_gradients_are_skipped_and_then_stop_the_run(tiny: Tiny) -> None:
     trainer = SemiTrainer(load_config("train", tiny | {"iters": 40, "burn_in": 0}))
     before = {k: v.clone() for k, v in trainer.strategy.state_dict().items()}
     loss = trainer.strategy.student.loss
@@ -267,7 +277,8 @@ def test_steps_without_finite_gradients_are_skipped_and_then_stop_the_run(tiny: 
             assert torch.equal(tensor, before[name]), name
 
 
-def test_an_unsupervised_loss_of_nothing_is_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:  # 10
+@pytest.mark.fault(10)
+def test_an_unsupervised_loss_of_nothing_is_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny, strategy={"name": "mean_teacher", "tau": 0.999})
     out = capsys.readouterr().out
     assert out.count("WARNING: the teacher gives 0.000 pseudo boxes") == 1
@@ -310,6 +321,7 @@ def test_accumulation_and_bf16_and_adamw_run(tiny: Tiny) -> None:
         ({"detector": {"name": "fcos", "head_conv": 3}}, "detector.head_conv"),
     ],
 )
+@pytest.mark.fault(9)
 def test_what_cannot_work_is_refused_before_the_first_step(tiny: Tiny, change: Tiny, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run(tiny, **change)
