@@ -93,6 +93,9 @@ class TrainConfig(RunFolder, Inference, Data):
     cache: bool | Literal["ram", "disk"] = Field(
         False, description="keep decoded, resized images: ram (true), or disk, where later runs find them"
     )
+    strict: bool = Field(
+        False, description="stop at the first flaw of the data, and at the first error in docs/diagnosis.md"
+    )
     max_bad: float = Field(0.05, ge=0, le=1, description="stop when more than this share of images cannot be read")
 
     iters: int | None = Field(None, ge=1, description="training steps (one of iters, epochs)")
