@@ -46,7 +46,7 @@ def inline(page: Path) -> list[str]:
 
 
 def arguments(mode: str, words: list[str]) -> dict[str, Any]:
-    """The first words of `ssod zoo` and `ssod report` have no key; to `ssod train` a `model` brings arguments of its own."""
+    """The first words of `ssod zoo` and `ssod report` have no key; a `model` brings arguments of its own to `train`."""
     if mode == "report":
         return report_words(words)
     bare = [word for word in words if "=" not in word and not word.startswith("-")] if mode == "zoo" else []

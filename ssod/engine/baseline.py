@@ -26,6 +26,7 @@ from ssod.config import to_yaml, validate
 from ssod.engine.callbacks import Callback, State
 from ssod.engine.observers import Observer
 from ssod.engine.run import lock_run
+from ssod.engine.saved import content_of
 from ssod.engine.trainer import SemiTrainer
 from ssod.files import replacing
 from ssod.modes import TrainConfig
@@ -95,7 +96,7 @@ def control_config(config: TrainConfig, strategy: Strategy) -> TrainConfig:
 def begin_at_burn_in(trainer: SemiTrainer, folder: Path) -> None:
     """Make `folder` a run folder of the control, stopped where the trainer stands: at the end of the burn-in."""
     config = control_config(trainer.config, trainer.strategy)
-    content = trainer.content(whole=True)
+    content = content_of(trainer, whole=True)
     train = content["train"]
     owned = ("student.", "teacher.")  # what else a strategy remembers, the control has not
     train["strategy"] = {k: v for k, v in train["strategy"].items() if k.startswith(owned)}

@@ -67,6 +67,12 @@ class Logger:
         if self.active:
             self.bar.update(step + 1 - self.bar.n)
 
+    def back_to(self, step: int) -> None:
+        """Forget the rows behind a step, which are done again."""
+        if self.active:
+            self.table = Table(self.table.path, until_step=step)
+            self.bar.n = step
+
     def row(self, step: int, values: dict[str, float]) -> None:
         if not self.active:
             return

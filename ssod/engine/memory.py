@@ -31,7 +31,7 @@ def memory_fault(config: TrainConfig, step: int, folder: Path) -> Fault:
     """What to say of it: how to go on, and with what."""
     half = max(1, config.batch // 2)
     return Fault(
-        f"out of memory in step {step + 1}, saved before it. `ssod train resume={folder}` goes on where more memory is "
-        f"free; or start again with batch={half} accumulate={2 * config.accumulate}, which learns the same, or a smaller "
-        f"imgsz than {config.imgsz}."
+        f"out of memory in step {step + 1}, saved before it. `ssod train resume={folder}` goes on where more memory "
+        f"is free; or start again with batch={half} accumulate={2 * config.accumulate}, which learns the same, or a "
+        f"smaller imgsz than {config.imgsz}."
     )

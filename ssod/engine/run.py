@@ -114,7 +114,10 @@ def _restarted_run(config: TrainConfig) -> Path | None:
 
 
 def _last_run(project: str, name: str) -> Path:
-    """The training run begun last, for `resume=True`: by its number, as clocks move. Raises UserError when there is none."""
+    """The training run begun last, for `resume=True`: by its number, as clocks move.
+
+    Raises UserError when there is none.
+    """
     base = Path(project) / "train"
     folders = [p for p in base.glob(f"{name}*") if p.name == name or p.name.removeprefix(f"{name}-").isdigit()]
     found = [p for p in folders if any((p / "weights").glob("*.pt"))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ssod import __version__, dist
-from ssod.checkpoint import FORMAT, save_checkpoint
+from ssod import dist
+from ssod.checkpoint import save_checkpoint
 from ssod.config import to_yaml
 from ssod.data.loader import StepLoader, build_loader
 from ssod.data.views.device import Painter, divide
@@ -22,12 +21,15 @@ from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
 from ssod.engine.diagnosis.clock import DataClock
 from ssod.engine.evaluate import Metrics, evaluate
+from ssod.engine.finish import finish
 from ssod.engine.log import Averages, Logger, over_ranks
 from ssod.engine.memory import memory_fault, ran_out
 from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.pulse import Pulse
+from ssod.engine.rollback import SLOWER, Diverged, Divergence, roll_back
 from ssod.engine.run import environment, new_run, resumed_run, unlock_run
+from ssod.engine.saved import content_of, refuse_finished, restore
 from ssod.engine.setup import build, build_data, check_options
 from ssod.engine.signals import SignalWatch, Stopped
 from ssod.errors import Fault, UserError
@@ -57,14 +59,16 @@ class SemiTrainer:
         self.bad: dict[str, str] = {}  # training images that could not be read: path -> reason
         self.bad_val: dict[str, str] = {}  # validation images, likewise
         self.signals = SignalWatch()
-        self._since_best = 0
+        self.since_best = 0  # validations without a better AP
+        self.rollbacks = 0  # times the run went back to a checkpoint, as it diverged
         self._saved = -1  # step of last.pt
         self.log: Logger | None = None  # while it trains
         try:
             self._prepare()
             self.observers = build_observers(self)
             if resumed is not None and folder is not None:
-                self._restore(resumed, folder)
+                refuse_finished(self, resumed, folder)
+                restore(self, resumed)
         except BaseException:
             if folder is not None:
                 unlock_run(folder)
@@ -118,8 +122,8 @@ class SemiTrainer:
         self.log = log = Logger(self.folder, self.plan.iters, self.step, active=dist.is_main())
         try:
             with self.signals, Pulse() as pulse:
-                self._loop(log, pulse)
-            summary = self._finish(log)
+                self._all_steps(log, pulse)
+            summary = finish(self, log)
             if self.config.baseline == "auto":
                 from ssod.engine.baseline import run_baseline  # which is made of this file
 
@@ -142,22 +146,29 @@ class SemiTrainer:
         elif dist.is_main():
             print(text)
 
-    def _loop(self, log: Logger, pulse: Pulse) -> None:
-        config, plan = self.config, self.plan
-        for line in [*config.notes, *self.data.notes, str(self.note), self._headline()]:
+    def _all_steps(self, log: Logger, pulse: Pulse) -> None:
+        for line in [*self.config.notes, *self.data.notes, str(self.note), self._headline()]:
             log.say(line)
         wrapped = dist.wrap(self.strategy, self.device)
+        self.callbacks("on_train_start", self)
+        while True:
+            try:
+                return self._loop(wrapped, log, pulse)
+            except Diverged as error:
+                roll_back(self, log, error)
+
+    def _loop(self, wrapped: torch.nn.Module, log: Logger, pulse: Pulse) -> None:
+        config, plan = self.config, self.plan
         averages, skipped = Averages(), 0
         every = max(1, min(50, plan.iters // 100))
-        self.callbacks("on_train_start", self)
-        started, clock = time.monotonic(), DataClock()
+        started, clock, divergence = time.monotonic(), DataClock(), Divergence()
         try:
             for batches in clock.over(self._batches()):
                 first, end = plan.stage(self.step)
                 if self.step == first > 0:
                     self.optimizer.state.clear()  # the student of stage two starts as from a file: without momentum
-                    self._since_best = 0
-                lr = lr_at(self.step - first, end - first, config)
+                    self.since_best = 0
+                lr = lr_at(self.step - first, end - first, config) * SLOWER**self.rollbacks
                 set_lr(self.optimizer, lr)
                 finite = self._step(wrapped, batches, averages)
                 skipped = 0 if finite else skipped + 1
@@ -175,13 +186,14 @@ class SemiTrainer:
                     values["time/data"] = clock.read()
                     log.row(self.step, values)
                     self.callbacks.figures("on_log", self, values)
+                    divergence.look(self, values)
                 if self._is_due():
                     pulse.rest()
                     self._validate(log)
                     if self.step == plan.burn_in and self.data.unlabeled:
                         self.callbacks("on_burn_in_end", self)
                     clock.restart()
-                    if 0 < config.patience <= self._since_best and end == plan.iters:
+                    if 0 < config.patience <= self.since_best and end == plan.iters:
                         log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
                         break
                 if self.step % config.save_interval == 0:
@@ -192,7 +204,7 @@ class SemiTrainer:
                     raise Stopped(asked)
         except BaseException as error:
             no_memory = ran_out(error)
-            if self.step and skipped == 0:
+            if self.step and skipped == 0 and not isinstance(error, Diverged):
                 self._save("last.pt")
             if no_memory:
                 raise memory_fault(config, self.step, self.folder) from error
@@ -330,68 +342,21 @@ class SemiTrainer:
             + ", ".join(f"{n} AP {m.figures['AP']:.4f} AP50 {m.figures['AP50']:.4f}" for n, m in scores.items())
         )
         use = max((n for n in scores if n in self.strategy.networks()), key=lambda n: scores[n].ap)
-        self._since_best += 1
+        self.since_best += 1
         if scores[use].ap > self.best["AP"]:
             self.best = {"AP": scores[use].ap, "step": self.step, "use": use}
-            self._since_best = 0
+            self.since_best = 0
             self._save("best.pt")
 
     def _save(self, name: str) -> None:
         """best.pt holds the networks; any other name also holds all that resuming needs."""
         if not dist.is_main() or (name == "last.pt" and self._saved == self.step):
             return
-        weights, content = self.folder / "weights", self.content(whole=name != "best.pt")
+        weights, content = self.folder / "weights", content_of(self, whole=name != "best.pt")
         save_checkpoint(content, weights / name, keep=weights / "previous.pt" if name == "last.pt" else None)
         if name == "last.pt":
             self._saved = self.step
         self.callbacks("on_save", self, file=weights / name)
-
-    def content(self, whole: bool) -> dict[str, Any]:
-        """What a checkpoint holds: the networks, and with `whole` all that resuming needs."""
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            "spec": self.strategy.student.spec,
-            "names": self.data.names,
-            "imgsz": self.config.imgsz,
-            "use": self.best["use"],
-            "metrics": {"best": self.best, "step": self.step, "seed": self.config.seed, "ssod": __version__},
-            "networks": {n: m.state_dict() for n, m in self.strategy.networks().items()},
-        }
-        if whole:
-            content["train"] = {
-                "step": self.step,
-                "config": self.config.model_dump(),
-                "strategy": self.strategy.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "best": self.best,
-                "since_best": self._since_best,
-                "history": self.history,
-                "bad": self.bad,
-                "observers": {o.name: o.state_dict() for o in self.observers},
-            }
-        return content
-
-    def _restore(self, train: dict[str, Any], folder: Path) -> None:
-        done = ["metrics.json"] + ["baseline.json"] * (self.config.baseline == "auto")  # what comes after the last step
-        if train["step"] >= self.plan.iters and all((folder / name).is_file() for name in done):
-            raise UserError(
-                f"{folder} is finished ({train['step']} of {self.plan.iters} steps). "
-                f"To go on, give a larger iters= or epochs=."
-            )
-        self.strategy.load_state_dict(train["strategy"])
-        self.optimizer.load_state_dict(train["optimizer"])
-        self.scaler.load_state_dict(train["scaler"])
-        torch.set_rng_state(train["rng"])
-        if train["rng_cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(train["rng_cuda"])
-        self.step, self.best, self._since_best = train["step"], train["best"], train["since_best"]
-        self.history, self.bad = train["history"], train["bad"]
-        for observer in self.observers:
-            if state := train.get("observers", {}).get(observer.name):  # an older version watched less
-                observer.load_state_dict(state)
 
     def _headline(self) -> str:
         c, plan = self.config, self.plan
@@ -401,47 +366,3 @@ class SemiTrainer:
             text += ", with a schedule of their own" if plan.two_stages and plan.burn_in else ""
         precision = str(self.dtype).removeprefix("torch.") if self.dtype else "float32"
         return f"{text}; {c.strategy.name}, {precision} on {self.device}, into {self.folder}"
-
-    def _finish(self, log: Logger) -> dict[str, Any]:
-        """metrics.json, plots and drawn predictions."""
-        at_burn_in = next((h for h in self.history if h["step"] == self.plan.burn_in), None)
-        final = self.history[-1] if self.history else {}
-        summary = {
-            "folder": str(self.folder),
-            "burn_in": at_burn_in["student"] if at_burn_in and self.strategy.uses_unlabeled else None,
-            "final": {k: v for k, v in final.items() if k not in ("step", "by_class")},
-            "best": self.best,
-            "steps": self.step,
-            "labeled": len(self.data.labeled),
-            "unlabeled": len(self.data.unlabeled),
-            "val": len(self.data.val),
-            "unreadable": self.bad | self.bad_val,
-            "history": self.history,
-        }
-        for observer in self.observers:
-            summary |= observer.summary()
-        if dist.is_main():
-            (self.folder / "metrics.json").write_text(json.dumps(_no_nan(summary), indent=1), encoding="utf-8")
-            if self.config.plots:
-                from ssod.report.plots import plot_by_class, plot_run  # matplotlib takes a second to load
-
-                plot_by_class(self.folder, self.history)
-                plot_run(self.folder, log.table, self.plan.burn_in if self.strategy.uses_unlabeled else None)
-                self._draw_val()
-        return dist.from_main(lambda: summary)  # only the first rank has validated
-
-    def _draw_val(self) -> None:
-        from ssod.report.plots import draw_predictions
-
-        draw_predictions(self.folder / "predictions.png", self.folder / "weights" / "best.pt", self.data.val[:12])
-
-
-def _no_nan(value: Any) -> Any:
-    """JSON has no NaN: a figure that does not exist becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _no_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_no_nan(v) for v in value]
-    return str(value) if isinstance(value, Path) else value

@@ -56,14 +56,28 @@ def test_two_ranks_equal_one_with_twice_the_batch(tiny: Tiny, tmp_path: Path, ca
     assert two["train"]["history"][-1].keys() == one["train"]["history"][-1].keys()
 
 
-def trained(config: Tiny, folder: Path, device: str) -> dict[str, Any]:
-    name = device.replace(",", "-")
+@pytest.mark.slow
+@pytest.mark.fault(19)
+def test_a_run_resumed_on_two_ranks_sees_the_images_that_one_would_have_seen(tiny: Tiny, tmp_path: Path) -> None:
+    own = {"frozen_norm": True, "clip_grad": 0.0, "lr0": 0.002, "burn_in": 3, "batch": 4, "ema_decay": 0.9}
+    whole = trained(tiny | own | {"iters": 12}, tmp_path, "cpu")
+    trained(tiny | own | {"iters": 5}, tmp_path, "cpu", name="half")
+    half = Path(str(tiny["project"])) / "train" / "half"
+    assert load_checkpoint(half / "weights" / "last.pt")["train"]["step"] == 5
+    resumed = trained({"resume": str(half), "iters": 12}, tmp_path, "cpu,cpu", name="half")
+    for name, value in whole["train"]["strategy"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(resumed["train"]["strategy"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def trained(config: Tiny, folder: Path, device: str, name: str = "") -> dict[str, Any]:
+    name = name or device.replace(",", "-")
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config | {"name": name}))
+    path.write_text(yaml.safe_dump(config | ({} if "resume" in config else {"name": name})))
     command = [sys.executable, "-m", "ssod", "train", f"cfg={path}", f"device={device}"]
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
-    run = Path(str(config["project"])) / "train" / name
+    run = Path(str(config.get("resume") or Path(str(config["project"])) / "train" / name))
     with open(run / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     losses = {n: [float(r[n]) for r in rows if r[n]] for n in rows[0]}

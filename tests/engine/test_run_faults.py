@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
+from ssod.engine.callbacks import Callbacks, State
 from ssod.engine.trainer import SemiTrainer
+from ssod.errors import Fault
 from ssod.report.table import Table
 
 Tiny = dict[str, Any]
@@ -60,6 +63,53 @@ def test_out_of_memory_is_a_stop_that_can_be_resumed(tiny: Tiny, tmp_path: Path)
     trainer = SemiTrainer(load_config("train", {"resume": str(run), "iters": 5}))
     trainer.train()
     assert trainer.step == 5
+
+
+def exploding(at: list[int]) -> tuple[dict[str, Any], list[int]]:
+    """A callback that makes the student's weights a thousandfold after these steps, once each."""
+    left, done = list(at), []
+
+    def explode(state: State) -> None:
+        if state.step in left:
+            left.remove(state.step)
+            done.append(state.step)
+            with torch.no_grad():
+                for p in state.trainer.strategy.student.parameters():
+                    p.mul_(1000)
+
+    return {"on_step_end": explode}, done
+
+
+@pytest.mark.fault(12)
+def test_a_run_that_explodes_goes_back_and_on_at_half_the_rate(tiny: Tiny) -> None:
+    callbacks, done = exploding([8])
+    config = load_config("train", tiny | {"iters": 12, "save_interval": 2, "val_interval": 12})
+    trainer = SemiTrainer(config, Callbacks(callbacks))
+    summary = trainer.train()
+    assert done == [8]
+    assert (trainer.step, trainer.rollbacks) == (12, 1)
+    assert [a["code"] for a in summary["diagnosis"]].count("exploding") <= 1
+    table = Table(trainer.folder / "results.csv", until_step=12)
+    steps, rates = table.series("lr")
+    assert steps == list(range(1, 13)), "done again, and told once"
+    assert rates[:6] == [0.01] * 6
+    assert rates[6:] == [0.005] * 6, "step 8 was part of it: back to step 6"
+    weights = load_checkpoint(trainer.folder / "weights" / "last.pt")["train"]["strategy"]
+    norm = torch.stack([w.float().norm() for w in weights.values()]).max()
+    assert norm < 1000
+
+
+@pytest.mark.fault(12)
+def test_a_run_that_explodes_again_and_again_stops(tiny: Tiny) -> None:
+    callbacks, done = exploding([8, 14, 20])
+    config = load_config("train", tiny | {"iters": 30, "save_interval": 2, "val_interval": 30})
+    trainer = SemiTrainer(config, Callbacks(callbacks))
+    with pytest.raises(Fault, match="went back 2 times"):
+        trainer.train()
+    assert done == [8, 14, 20]
+    last = load_checkpoint(trainer.folder / "weights" / "last.pt")["train"]
+    assert last["step"] < 20
+    assert last["rollbacks"] == 2
 
 
 @pytest.mark.fault(21)
