@@ -23,7 +23,9 @@ WAITING = 0.5  # share of the time
 LEAST_WAIT = 2.0  # seconds in all, below which it does not matter
 BEHIND = 0.05  # of the student's AP
 LEAST_AP = 0.02  # below it AP is noise
-NORM = 1.2  # mean gap of the batch norms, see `NormGap`: 0.3 to 0.5 on images like those it learnt from, 1.5 on dark ones
+NORM = (
+    1.2  # mean gap of the batch norms, see `NormGap`: 0.3 to 0.5 on images like those it learnt from, 1.5 on dark ones
+)
 YOUNG = 30  # batches; a running mean of momentum 0.1 still holds 4 % of its start
 
 
