@@ -58,7 +58,7 @@ class Reel:
     def __init__(self, trainer: SemiTrainer) -> None:
         config = trainer.config
         labeled_images = SampleTable.of(trainer.data.labeled)
-        partly = np.flatnonzero(~labeled_images.complete) if trainer.strategy.mines else []
+        partly = np.flatnonzero(~labeled_images.complete) if trainer.strategy.mines else np.zeros(0, np.int64)
         self.partly = len(partly) > 0
         self.pool: Sequence[Sample] = labeled_images.select(partly) if self.partly else trainer.data.unlabeled
         self.chosen: list[int] = []

@@ -105,7 +105,7 @@ def test_classes_and_boxes_learn_from_different_pseudo_boxes(monkeypatch: pytest
     found = Instances(boxes, torch.tensor([0, 1, 2]), torch.tensor([0.95, 0.6, 0.6]))
     monkeypatch.setattr(SoftTeacher, "decode", lambda self, seen, conf: [found, found[:0]])
     monkeypatch.setattr(
-        SoftTeacher, "spreads", lambda self, seen, found: [torch.tensor([0.5, 0.01, 0.5]), torch.zeros(0)]
+        SoftTeacher, "spreads", lambda self, seen, found, *_: [torch.tensor([0.5, 0.01, 0.5]), torch.zeros(0)]
     )
     asked: list[list[Instances]] = []
     loss = s.student.loss
