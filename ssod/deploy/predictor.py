@@ -87,7 +87,8 @@ class Predictor:
              image, or of each of its tiles, None = 100. In an exported model they are fixed: None takes its own, conf
              may be higher and max_det smaller than that
     classes  keep only these classes, names or numbers
-    batch    images at once; workers  threads that read images ahead (0 = none)
+    batch    images at once; workers  threads that read and resize the next images while the model looks at these; 0:
+             none, for a source that must not be asked for more than a batch
     tile     side in pixels: what is larger is looked at in tiles of this side, which share `overlap` (0 .. 0.9) of it
              with their neighbours, see ssod.deploy.tiles; None = every image as a whole
     bgr      arrays are BGR, as OpenCV reads them
@@ -107,7 +108,7 @@ class Predictor:
         max_det: int | None = None,
         classes: Sequence[int | str] | None = None,
         batch: int = 8,
-        workers: int = 0,
+        workers: int = 2,
         tile: int | None = None,
         overlap: float = 0.2,
         bgr: bool = False,

@@ -192,17 +192,29 @@ class Stream:
 
 
 def _ahead(pool: ThreadPoolExecutor | None, work: Callable[[T], R], things: Iterable[T], depth: int) -> Iterator[R]:
-    """`map`, in order, with so many results under way. Decoding and resizing let other threads run."""
+    """`map`, in order, with so many results under way: as many as without threads come before an error of `things`.
+    Decoding and resizing let other threads run."""
     if pool is None:
         yield from map(work, things)
         return
     jobs: deque[Future[R]] = deque()
-    for thing in things:
-        jobs.append(pool.submit(work, thing))
-        if len(jobs) > depth:
-            yield jobs.popleft().result()
+    error: Exception | None = None
+    coming = iter(things)
+    while error is None:
+        try:
+            thing = next(coming)
+        except StopIteration:
+            break
+        except Exception as fault:
+            error = fault
+        else:
+            jobs.append(pool.submit(work, thing))
+            if len(jobs) > depth:
+                yield jobs.popleft().result()
     while jobs:
         yield jobs.popleft().result()
+    if error is not None:
+        raise error
 
 
 def _ms_since(start: float) -> float:

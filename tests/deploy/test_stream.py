@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,12 +86,14 @@ def test_a_long_stream_holds_few_images_and_keeps_their_order(model: Path, worke
     assert camera.alive == 0
 
 
-def test_a_stream_asks_for_no_more_than_it_needs(model: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_asks_for_no_more_than_it_needs(model: Path, workers: int) -> None:
+    """And for a batch ahead, or two images a thread, where threads read."""
     camera = Camera([(40, 30)] * 100)
-    stream = Predictor(model, batch=4).stream(iter(camera))
+    stream = Predictor(model, batch=4, workers=workers).stream(iter(camera))
     assert camera.given == 0
     next(stream)
-    assert camera.given == 4
+    assert camera.given == 4 + (max(2 * workers, 4) if workers else 0)
     stream.close()
 
 
@@ -128,13 +132,41 @@ def test_unreadable_images_of_a_stream_are_named(model: Path, tmp_path: Path) ->
         list(predict.stream(tmp_path / "b.png"))
 
 
-def test_an_error_of_the_source_ends_the_stream(model: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_source_ends_the_stream_after_what_came_before(model: Path, workers: int) -> None:
     def camera() -> Iterator[object]:
-        yield WHITE
+        for _ in range(11):
+            yield WHITE
         raise RuntimeError("unplugged")
 
+    found: list[str] = []
     with pytest.raises(RuntimeError, match="unplugged"):
-        list(Predictor(model, workers=2).stream(camera()))
+        found.extend(r.path.stem for r in Predictor(model, batch=4, workers=workers).stream(camera()))
+    assert found == [f"image{n}" for n in range(8)], "two batches"
+
+
+def test_the_next_images_are_made_ready_while_the_model_looks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model waits until an image of the next batch is ready: without threads, for ever."""
+    from ssod.deploy.array_model import OnArrays
+
+    ready, see, fresh = OnArrays.ready, OnArrays.see, threading.Event()
+    made = 0
+
+    def counted(self: OnArrays, pixels: np.ndarray) -> object:
+        nonlocal made
+        item = ready(self, pixels)
+        made += 1
+        if made > 2:
+            fresh.set()
+        return item
+
+    def waits(self: OnArrays, items: list[Any]) -> object:
+        assert fresh.wait(20), "nothing was made ready meanwhile"
+        return see(self, items)
+
+    monkeypatch.setattr(OnArrays, "ready", counted)
+    monkeypatch.setattr(OnArrays, "see", waits)
+    assert len(Predictor(model, batch=2)([WHITE] * 8)) == 8
 
 
 def test_many_frames_as_a_list_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
