@@ -84,7 +84,7 @@ class Diagnosis(Observer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.alarms = list(state["alarms"])
+        self.alarms = self.alarms or list(state["alarms"])  # what was said stays said where a run goes back
         self._supply = Supply(**state["supply"])
         self._explosion = Explosion(**state["explosion"])
         self._lost = LostLabels(**state["lost"])

@@ -95,7 +95,8 @@ class Waiting:
     last: float = 0.0  # seconds of the last line
 
     def look(self, values: dict[str, float], workers: int, cache: bool) -> Alarm | None:
-        share, seconds = values["time/data"], values["seconds"] - self.last
+        share = values["time/data"]
+        seconds = max(0.0, values["seconds"] - self.last)  # a run that goes back starts at 0
         self.last = values["seconds"]
         self.lines = [*self.lines, share * seconds] if share > WAITING else []
         # The first of them may be the start of the loader.
