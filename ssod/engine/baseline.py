@@ -24,10 +24,10 @@ from ssod import dist
 from ssod.checkpoint import save_checkpoint
 from ssod.config import to_yaml, validate
 from ssod.engine.callbacks import Callback, State
-from ssod.engine.observers import Observer
 from ssod.engine.run import lock_run
 from ssod.engine.saved import content_of
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.observers import Observer
 from ssod.files import replacing
 from ssod.modes import TrainConfig
 from ssod.report.compare_runs import Comparison, compare_runs

@@ -40,7 +40,7 @@ from ssod.zoo.fetch import in_zoo, resolve
 
 MULTIPLE = 32
 SUFFIX = {"onnx": ".onnx", "engine": ".engine", "torchscript": ".torchscript", "openvino": "_openvino"}
-GRAPH = {"onnx": "onnx", "engine": "tensorrt", "torchscript": "tensorrt", "openvino": "onnx"}
+GRAPH = {"onnx": "onnxruntime", "engine": "tensorrt", "torchscript": "tensorrt", "openvino": "onnx"}
 AP_DROP = 0.05  # of 1: an int8 file that loses more is of no use to anyone
 Say = Callable[[str], None]
 
@@ -109,7 +109,7 @@ def _card(config: ExportConfig, detector: Detector, content: dict[str, Any], mod
         conf=config.conf,
         iou=config.iou,
         max_det=config.max_det,
-        target=GRAPH[config.format] if config.target == "auto" else config.target,
+        target=_target(config),
         precision="fp16" if config.half else "int8" if config.int8 else "fp32",
         # Only its attention sees where an image ends; to the convolutions the mean colour is as good as nothing.
         inputs=("images", "sizes") if spec["name"] == "deformable_detr" else ("images",),
@@ -117,6 +117,16 @@ def _card(config: ExportConfig, detector: Detector, content: dict[str, Any], mod
         versions={"ssod": __version__, "torch": torch.__version__},
         source=hashlib.sha256(model.read_bytes()).hexdigest(),
     )
+
+
+def _target(config: ExportConfig) -> str:
+    """Raises UserError for a graph that the format's program does not know."""
+    if config.target == "onnxruntime" and config.format != "onnx":
+        raise UserError(f"target=onnxruntime is for format=onnx; leave it out for format={config.format}.")
+    if config.target != "auto":
+        return config.target
+    # fp16 is for GPUs, on which a loop waits for itself at every turn.
+    return "onnx" if config.format == "onnx" and config.half else GRAPH[config.format]
 
 
 def _three(values: torch.Tensor) -> tuple[float, float, float]:

@@ -8,9 +8,9 @@ import torch
 
 from ssod import dist
 from ssod.checkpoint import load_checkpoint
-from ssod.engine.diagnosis.course import Explosion
 from ssod.engine.log import Logger
 from ssod.engine.saved import restore
+from ssod.engine.watch.diagnosis.course import Explosion
 from ssod.errors import Fault, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Diverged(Exception):
 
 
 class Divergence:
-    """Looks at the log's lines, which all ranks have, for the rule by which ssod.engine.diagnosis says `exploding`."""
+    """Looks at the lines of the log, which all ranks have, for what the diagnosis calls `exploding`."""
 
     def __init__(self) -> None:
         self._explosion = Explosion()

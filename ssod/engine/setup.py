@@ -33,7 +33,7 @@ Report = WeightsReport | LoadReport
 @dataclass
 class TrainData:
     """labeled, unlabeled: what the two streams draw from; val: what validation looks at; notes: lines for the user;
-    audit: images of the unlabelled ones with their true boxes, for ssod.engine.audit alone."""
+    audit: images of the unlabelled ones with their true boxes, for ssod.engine.watch.audit alone."""
 
     labeled: Sequence[Sample]
     unlabeled: Sequence[Sample]

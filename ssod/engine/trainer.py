@@ -19,12 +19,10 @@ from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
-from ssod.engine.diagnosis.clock import DataClock
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.finish import finish
 from ssod.engine.log import Averages, Logger, over_ranks
 from ssod.engine.memory import memory_fault, ran_out
-from ssod.engine.observers import build_observers
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.pulse import Pulse
 from ssod.engine.rollback import SLOWER, Diverged, Divergence, roll_back
@@ -32,6 +30,8 @@ from ssod.engine.run import environment, new_run, resumed_run, unlock_run
 from ssod.engine.saved import content_of, refuse_finished, restore
 from ssod.engine.setup import build, build_data, check_options
 from ssod.engine.signals import SignalWatch, Stopped
+from ssod.engine.watch.diagnosis.clock import DataClock
+from ssod.engine.watch.observers import build_observers
 from ssod.errors import Fault, UserError
 from ssod.modes import TrainConfig
 from ssod.nn.held import running_statistics

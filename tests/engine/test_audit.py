@@ -16,10 +16,10 @@ from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
 from ssod.data.samples import SampleTable
 from ssod.data.shapes import NAMES
-from ssod.engine.audit import read_audit
 from ssod.engine.callbacks import Callbacks, State
 from ssod.engine.setup import build_data
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.audit import read_audit
 from ssod.errors import UserError
 
 Tiny = dict[str, Any]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssod.data.samples import Sample
-from ssod.engine.audit import measured, spoken, suggestion
-from ssod.engine.audit_metric import calibration, figures, judge, suggested_threshold
+from ssod.engine.watch.audit import measured, spoken, suggestion
+from ssod.engine.watch.audit_metric import calibration, figures, judge, suggested_threshold
 from ssod.structures import Instances
 
 NAMES = ["a", "b"]

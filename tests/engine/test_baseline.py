@@ -19,11 +19,11 @@ import yaml
 
 from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
-from ssod.engine.audit import read_audit
 from ssod.engine.baseline import Control, control_config, shares_burn_in
 from ssod.engine.setup import build, build_data
 from ssod.engine.signals import Stopped
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.audit import read_audit
 from ssod.errors import UserError
 from ssod.report.compare_runs import compare_runs
 

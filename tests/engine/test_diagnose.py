@@ -17,9 +17,9 @@ from ssod.config import load_config
 from ssod.data.shapes import NAMES
 from ssod.detectors import build_detector
 from ssod.engine.callbacks import Callbacks
-from ssod.engine.diagnosis.probe import Scores
-from ssod.engine.diagnosis.supply import Supply
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.diagnosis.probe import Scores
+from ssod.engine.watch.diagnosis.supply import Supply
 from ssod.errors import UserError
 from ssod.strategies.base import Plan
 from ssod.strategies.mean_teacher import MeanTeacher

@@ -15,9 +15,9 @@ from PIL import Image
 from ssod.config import load_config
 from ssod.data.shapes import NAMES
 from ssod.detectors import build_detector
-from ssod.engine.diagnosis.course import Waiting, teacher_behind
-from ssod.engine.diagnosis.probe import norm_gaps
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.diagnosis.course import Waiting, teacher_behind
+from ssod.engine.watch.diagnosis.probe import norm_gaps
 from ssod.errors import Fault, UserError
 from ssod.strategies.base import Plan
 from ssod.structures import View

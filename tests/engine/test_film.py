@@ -19,9 +19,9 @@ from ssod.config import load_config
 from ssod.data.evalset import EvalLoader
 from ssod.deploy.infer import to_source
 from ssod.engine.callbacks import Callbacks, State
-from ssod.engine.film import MOMENTS, Film, thin_out
-from ssod.engine.reel import Reel
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.film import MOMENTS, Film, thin_out
+from ssod.engine.watch.reel import Reel
 from ssod.errors import Fault
 from ssod.strategies.verdicts import looking
 

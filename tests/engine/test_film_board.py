@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ssod.config import load_config
-from ssod.engine.audit import read_audit
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.audit import read_audit
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `tb`")
 

@@ -11,8 +11,8 @@ import torch
 from ssod.checkpoint import load_checkpoint
 from ssod.cli import main
 from ssod.config import load_config
-from ssod.engine.film import Film
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.film import Film
 
 Tiny = dict[str, Any]
 SHORT = {"val_fraction": 0.25, "max_det": 10, "film": 3, "iters": 4, "burn_in": 2, "val_interval": 2}

@@ -10,8 +10,8 @@ import torch
 from small import SIZE, batch, detector, strategy, unsupervised, view
 from torch import Tensor
 
-from ssod.engine.diagnosis.probe import Scores
-from ssod.engine.diagnosis.supply import Supply
+from ssod.engine.watch.diagnosis.probe import Scores
+from ssod.engine.watch.diagnosis.supply import Supply
 from ssod.errors import UserError
 from ssod.nn.ema import ema_decay_at
 from ssod.strategies import build_strategy

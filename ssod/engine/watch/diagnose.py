@@ -18,13 +18,13 @@ from ssod import dist
 from ssod.data.samples import SampleTable, class_counts
 from ssod.detectors.convert import WeightsReport
 from ssod.engine.callbacks import Callback, State
-from ssod.engine.diagnosis.alarm import Alarm
-from ssod.engine.diagnosis.classes import ClassSupply
-from ssod.engine.diagnosis.course import Explosion, LostLabels, Waiting, teacher_behind, wrong_norms
-from ssod.engine.diagnosis.probe import norm_gaps, teacher_scores
-from ssod.engine.diagnosis.start import classes_differ, missing_labels, slow_teacher
-from ssod.engine.diagnosis.supply import Supply
-from ssod.engine.observers import Observer
+from ssod.engine.watch.diagnosis.alarm import Alarm
+from ssod.engine.watch.diagnosis.classes import ClassSupply
+from ssod.engine.watch.diagnosis.course import Explosion, LostLabels, Waiting, teacher_behind, wrong_norms
+from ssod.engine.watch.diagnosis.probe import norm_gaps, teacher_scores
+from ssod.engine.watch.diagnosis.start import classes_differ, missing_labels, slow_teacher
+from ssod.engine.watch.diagnosis.supply import Supply
+from ssod.engine.watch.observers import Observer
 from ssod.errors import UserError
 from ssod.files import replacing
 from ssod.strategies.base import StepOutput

@@ -42,10 +42,10 @@ class Observer:
 
 def build_observers(trainer: SemiTrainer) -> list[Observer]:
     """The observers that the config asks for."""
-    from ssod.engine.audit import Audit
-    from ssod.engine.board import Board
-    from ssod.engine.diagnose import Diagnosis
-    from ssod.engine.film import Film
+    from ssod.engine.watch.audit import Audit
+    from ssod.engine.watch.board import Board
+    from ssod.engine.watch.diagnose import Diagnosis
+    from ssod.engine.watch.film import Film
 
     found: list[Observer] = [Diagnosis(trainer)]
     if trainer.data.audit:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssod.engine.audit import read_audit
 from ssod.engine.callbacks import Callback, State
-from ssod.engine.observers import Observer
+from ssod.engine.watch.audit import read_audit
+from ssod.engine.watch.observers import Observer
 
 if TYPE_CHECKING:
     from ssod.engine.trainer import SemiTrainer

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssod.detectors.class_rows import ClassMatch
-from ssod.engine.diagnosis.alarm import Alarm
+from ssod.engine.watch.diagnosis.alarm import Alarm
 from ssod.nn.backbone_weights import shortened
 from ssod.strategies.base import Strategy
 

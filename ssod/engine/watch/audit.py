@@ -15,7 +15,7 @@ file reads. At every validation the network that labels looks at the images as t
         "calibration":   [{"low", "high", "n", "right"}, ...] ten bins of the score of all detections}},
      "all": the same without tau and suggested_tau, "suggested_tau": one threshold for all classes, or null}
 
-A box is right as ssod.engine.audit_metric says.
+A box is right as ssod.engine.watch.audit_metric says.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ssod.data.evalset import EvalLoader
 from ssod.data.samples import Sample
 from ssod.deploy.infer import to_source
 from ssod.detectors.base import Detector
-from ssod.engine.audit_metric import FOUND, figures, judge, suggested_threshold
 from ssod.engine.callbacks import Callback, State
-from ssod.engine.observers import Observer
+from ssod.engine.watch.audit_metric import FOUND, figures, judge, suggested_threshold
+from ssod.engine.watch.observers import Observer
 from ssod.files import replacing
 from ssod.nn.precision import autocast
 from ssod.structures import Instances

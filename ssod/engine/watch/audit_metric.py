@@ -82,7 +82,7 @@ def _share_within(boxes: Tensor, regions: Tensor) -> Tensor:
 
 
 def figures(judged: Judged, kept: np.ndarray | None) -> dict[str, Any]:
-    """What audit.jsonl says of a class or of all: see ssod.engine.audit. kept: bool [M], None without a threshold."""
+    """What audit.jsonl says of a class or of all, see audit.py. kept: bool [M], None without a threshold."""
     true = int(judged.true.sum())
     out: dict[str, Any] = {"true": true, "found": len(judged.scores)}
     if kept is None:

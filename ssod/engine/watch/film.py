@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.deploy.infer import to_source
-from ssod.engine.board import by_class, picture
 from ssod.engine.callbacks import Callback, State
-from ssod.engine.film_draw import film_sheet, jpeg, pair_picture, thumbnail
-from ssod.engine.observers import Observer
-from ssod.engine.reel import Reel, Still, pixels
+from ssod.engine.watch.board import by_class, picture
+from ssod.engine.watch.film_draw import film_sheet, jpeg, pair_picture, thumbnail
+from ssod.engine.watch.observers import Observer
+from ssod.engine.watch.reel import Reel, Still, pixels
 from ssod.files import replacing
 from ssod.nn.precision import autocast
 from ssod.strategies.verdicts import Verdict

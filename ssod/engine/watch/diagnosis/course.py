@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from ssod.engine.diagnosis.alarm import PATIENCE, Alarm
-from ssod.engine.diagnosis.probe import NormGap
-from ssod.engine.diagnosis.start import decay_for
+from ssod.engine.watch.diagnosis.alarm import PATIENCE, Alarm
+from ssod.engine.watch.diagnosis.probe import NormGap
+from ssod.engine.watch.diagnosis.start import decay_for
 from ssod.nn.backbone_weights import shortened
 from ssod.strategies.base import Plan
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssod.engine.diagnosis.alarm import Alarm
+from ssod.engine.watch.diagnosis.alarm import Alarm
 from ssod.nn.backbone_weights import shortened
 from ssod.structures import Instances
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from ssod.engine.diagnosis.alarm import PATIENCE, Alarm
-from ssod.engine.diagnosis.probe import Scores
+from ssod.engine.watch.diagnosis.alarm import PATIENCE, Alarm
+from ssod.engine.watch.diagnosis.probe import Scores
 from ssod.strategies.base import Plan
 
 HUNGRY = 0.02  # pseudo boxes of an image, as a share of the labelled boxes of an image: below it there are none
