@@ -1,7 +1,8 @@
-"""docs/reliability.md: what each fault gets, and which tests inject it.
+"""docs/reliability.md: what each fault gets, which tests inject it, and how they went when they last ran.
 
-python tests/reliability_page.py         run all of them and write the page
-python tests/reliability_page.py --dry   list them without running any
+python tests/reliability_page.py             run all of them, the slow ones too, and write the page
+python tests/reliability_page.py tests/data  run those of a folder or file; the others keep their result
+python tests/reliability_page.py --dry       run none: new tests come in, gone ones go
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from ssod import __version__
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "reliability.md"
@@ -64,7 +62,9 @@ What is promised when something goes wrong, and the tests that make it go wrong 
 mistake, 1 a fault, 143 or 130 asked to stop.
 
 Written by `make reliability`, which runs every one of these tests, the slow ones included.
-"""
+
+| # | fault | promise | tests, and how they last went |
+|---|---|---|---|"""
 
 
 def marked() -> dict[int, list[str]]:
@@ -79,42 +79,40 @@ def marked() -> dict[int, list[str]]:
     return dict(found)
 
 
-def page(outcomes: dict[str, Counter[str]] | None) -> str:
-    """The page's text; outcomes: of each test how many of its cases passed, failed or were skipped; None: not run."""
+def known() -> dict[str, str]:
+    """What the page says of each test: "3 passed", "not run"."""
+    if not PAGE.exists():
+        return {}
+    return dict(re.findall(r"`([^`]+::[^`]+)`: ([^<|]+?)(?:<br>| \|)", PAGE.read_text(encoding="utf-8")))
+
+
+def page(results: dict[str, str]) -> str:
+    """The page's text, with the result of each test."""
     tests = marked()
     lines = [TOP]
-    if outcomes is not None:
-        lines.append(f"Last run: {date.today().isoformat()}, ssod {__version__}, Python {sys.version.split()[0]}.\n")
-    lines += ["| # | fault | promise | tests | result |", "|---|---|---|---|---|"]
     for row, (fault, promise) in ROWS.items():
-        total: Counter[str] = sum(((outcomes or {}).get(t, Counter()) for t in tests[row]), Counter())
-        result = ", ".join(f"{n} {what}" for what, n in sorted(total.items())) or "not run"
-        names = "<br>".join(f"`{t}`" for t in tests[row])
-        lines.append(f"| {row} | {fault} | {promise} | {names} | {result} |")
+        cell = "<br>".join(f"`{t}`: {results.get(t, 'not run')}" for t in tests[row])
+        lines.append(f"| {row} | {fault} | {promise} | {cell} |")
     return "\n".join(lines) + "\n"
 
 
-def run() -> dict[str, Counter[str]]:
-    """Run all of them; outcomes by test."""
+def run(places: list[str]) -> dict[str, str]:
+    """Run those that lie in `places`; "3 passed" by test."""
     with TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         only = ["-m", "fault and not gpu", f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        subprocess.run([sys.executable, "-m", "pytest", *only, str(TESTS)], cwd=TESTS.parent)
-        cases = ElementTree.parse(report).iter("testcase")
+        subprocess.run([sys.executable, "-m", "pytest", *only, *places], cwd=TESTS.parent)
         found: dict[str, Counter[str]] = defaultdict(Counter)
-        for case in cases:
-            name = re.sub(r"\[.*", "", case.attrib["name"])
-            file = Path(case.attrib["file"]).relative_to("tests")
+        for case in ElementTree.parse(report).iter("testcase"):
+            test = f"{Path(case.attrib['file']).relative_to('tests')}::{re.sub(r'[[].*', '', case.attrib['name'])}"
             outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
             kinds = [outcome[c.tag] for c in case if c.tag in outcome]
-            found[f"{file}::{name}"][kinds[0] if kinds else "passed"] += 1
-        return found
+            found[test][kinds[0] if kinds else "passed"] += 1
+    return {t: ", ".join(f"{n} {what}" for what, n in sorted(c.items())) for t, c in found.items()}
 
 
 if __name__ == "__main__":
-    if "--dry" in sys.argv:
-        print(page(None))
-    else:
-        outcomes = run()
-        PAGE.write_text(page(outcomes), encoding="utf-8")
-        sys.exit(any(o["failed"] for o in outcomes.values()))
+    words = sys.argv[1:]
+    new = {} if words == ["--dry"] else run(words or ["tests"])
+    PAGE.write_text(page(known() | new), encoding="utf-8")
+    sys.exit(any("failed" in result for result in new.values()))
