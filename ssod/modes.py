@@ -270,8 +270,8 @@ class ExportConfig(Data):
     half: bool = Field(False, description="fp16 where it is safe; inputs, outputs and decoding stay fp32")
     int8: bool = Field(False, description="convolutions in int8, calibrated on the images of data=")
     calibration: int = Field(200, ge=1, description="int8: images, labelled and unlabelled, that set the ranges")
-    target: Literal["auto", "onnx", "tensorrt"] = Field(
-        "auto", description="operators of the graph; format=onnx target=tensorrt: for trtexec on another machine"
+    target: Literal["auto", "onnx", "onnxruntime", "tensorrt"] = Field(
+        "auto", description="operators of the graph: onnx for onnxruntime-gpu, tensorrt for trtexec on another machine"
     )
     opset: int = Field(18, ge=18, le=22, description="ONNX operator set")
     batch: int = Field(8, ge=1, description="engine: images at once, at most")

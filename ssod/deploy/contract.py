@@ -46,7 +46,7 @@ class Card:
     multiple   what H and W are multiples of
     mean, std  of R, G, B on the 0 .. 1 scale; the graph normalises by itself, padding is filled with `mean`
     conf, iou, max_det  lowest score, NMS threshold and most detections of an image, fixed in the graph
-    target     "onnx" or "tensorrt": which operators the graph is made of
+    target     "onnx", "onnxruntime" or "tensorrt": which operators the graph is made of
     precision  "fp32", "fp16" or "int8"
     inputs     ("images",) or ("images", "sizes")
     opset      of the ONNX file, 0 elsewhere

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def _traced(detector: Detector, card: Card) -> Any:
         args += (torch.tensor([[height, width]] * batch, dtype=torch.int32),)
         shapes.append({0: b})
     graph = Graph(detector, card.conf, card.iou, card.max_det).eval()
-    target: Target = "tensorrt" if card.target == "tensorrt" else "onnx"
+    target = cast(Target, card.target)
     with torch.no_grad(), graph_for(target), _quiet():
         try:
             return torch.onnx.export(
@@ -122,8 +122,9 @@ def _traced(detector: Detector, card: Card) -> Any:
 
 def _translations() -> dict[Any, Any]:
     from ssod.deploy.onnx_nms import nms_keep
+    from ssod.deploy.onnx_roi import pooled_samples
 
-    return {torch.ops.ssod.nms_keep.default: nms_keep}
+    return {torch.ops.ssod.nms_keep.default: nms_keep, torch.ops.ssod.pooled_samples.default: pooled_samples}
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from ssod.ops.boxes import clip, nms, not_smaller
 from ssod.ops.codecs import L1Codec
 from ssod.ops.dense import codes_of
 from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
+from ssod.ops.forms import graph_target
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
@@ -304,6 +305,14 @@ class FasterRCNN(PyramidDetector):
             "box": box * self.options.box_loss_weight / candidates.divisor,
         }
 
+    def _first(self, pooled: Tensor) -> Tensor:
+        """The first layer: [M, C, 7, 7] -> [M, width]. In a graph for onnxruntime features come channels last and stay
+        so: it is the weights that are sorted anew, once, and not 50 MB of features for each image."""
+        if graph_target() != "onnxruntime":
+            return self.fc1(pooled.flatten(1))
+        weight = self.fc1.weight.view(-1, *pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return F.linear(pooled.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
+
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, times (1 - p)^gamma of the right class's probability: [M, K + 1], int64 [M] -> [M]."""
         surprise = F.cross_entropy(logits, labels, reduction="none")
@@ -326,7 +335,7 @@ class FasterRCNN(PyramidDetector):
         pooled = roi_features(maps, boxes, image, ROI_SIZE)  # [M, C, 7, 7]
         # The wide layers compute in the precision of the features, whatever the caller's autocast is by now.
         with torch.autocast(like.device.type, like.dtype, enabled=like.dtype != torch.float32):
-            hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+            hidden = self.fc2(self._first(pooled).relu()).relu()
             logits, codes = self.roi_logits(hidden), self.roi_codes(hidden)
         return logits.float(), codes.float().unflatten(1, (self.box_classes, self.roi_codec.dim))
 

@@ -1,7 +1,8 @@
 """For what a graph is being made: the few operations that come in several forms ask here which one to take.
 
 Eager code takes what is fastest on its device. A graph for `onnx` may hold NonMaxSuppression and RoiAlign; one for
-`tensorrt`, which has neither, gets forms made of gathers and arithmetic, equal in their numbers.
+`tensorrt`, which has neither, gets forms made of gathers and arithmetic, equal in their numbers. A graph for
+`onnxruntime` is one for `onnx` with loops where that program, on a CPU, is faster with them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Target = Literal["onnx", "tensorrt"]
+Target = Literal["onnx", "onnxruntime", "tensorrt"]
 _target: ContextVar[Target | None] = ContextVar("graph_target", default=None)
 
 
@@ -29,7 +30,7 @@ def graph_for(target: Target) -> Iterator[None]:
 
 
 def graph_target() -> Target | None:
-    """ "onnx" or "tensorrt" inside `graph_for`, else None."""
+    """The target inside `graph_for`, else None."""
     return _target.get()
 
 

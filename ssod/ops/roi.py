@@ -2,7 +2,7 @@
 
 RoIAlign is linear in the features: each cell of a region is a weighted sum of a few pixels' feature vectors. On a CPU
 that sum is taken as such, over whole vectors at once; there it costs a fifteenth of the per-channel kernel, forward and
-backward together. Elsewhere, and in an exported graph, torchvision's operator is the better one.
+backward together. Elsewhere torchvision's operator is the better one, and in an exported graph what its target has.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torchvision.ops import roi_align
 
 from ssod.ops.boxes import area
 from ssod.ops.forms import extent, graph_target, in_graph
+from ssod.ops.roi_samples import SAMPLING, by_samples
 
 CANONICAL_SIZE, CANONICAL_STRIDE = 224, 16  # a box of 224 px is cut from the map of stride 16 (FPN, Eq. 1)
-SAMPLING = 2  # bilinear samples per side of a cell
 TAPS = (2 * SAMPLING) ** 2  # pixels that make up one cell
 
 
@@ -36,8 +36,12 @@ def roi_features(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
     boxes  [M, 4] xyxy pixels, no gradient; image int64 [M] the image of each
     size   cells per side of the result
 
+    In a graph for onnxruntime all images have as many regions, those of the first image first.
     Returns [M, C, size, size]; float32, or the dtype of the maps on a CPU.
     """
+    if graph_target() == "onnxruntime":
+        of_images = boxes.view(next(iter(maps.values())).shape[0], -1, 4)
+        return by_samples(maps, of_images, roi_strides(boxes, list(maps)).view(of_images.shape[:2]), size)
     if graph_target() == "tensorrt":
         return _by_gathers(maps, boxes, image, size)
     by_pixels = boxes.device.type == "cpu" and not in_graph()

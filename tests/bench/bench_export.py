@@ -161,7 +161,7 @@ def card(name: str, detector: Detector, size: int) -> Card:
         conf=CONF,
         iou=IOU[name],
         max_det=MAX_DET,
-        target="onnx",
+        target="onnxruntime",
         precision="fp32",
         inputs=("images", "sizes") if name == "deformable_detr" else ("images",),
         opset=18,

@@ -57,7 +57,9 @@ FIXED = (192, 256)
 ALL = [
     *(pytest.param((n, "tensorrt", FIXED), id=f"{n}-tensorrt-fixed") for n in SMALL if n != "faster_rcnn"),
     pytest.param(("faster_rcnn", "tensorrt", FIXED), id="faster_rcnn-tensorrt-fixed", marks=SLOW),
-    pytest.param(("faster_rcnn", "onnx", FIXED), id="faster_rcnn-onnx-fixed"),
+    pytest.param(("faster_rcnn", "onnx", FIXED), id="faster_rcnn-onnx-fixed", marks=SLOW),
+    pytest.param(("faster_rcnn", "onnxruntime", FIXED), id="faster_rcnn-onnxruntime-fixed"),
+    pytest.param(("faster_rcnn", "onnxruntime", None), id="faster_rcnn-onnxruntime", marks=SLOW),
     pytest.param(("fcos", "onnx", None), id="fcos-onnx"),
     *(pytest.param((name, "onnx", None), id=f"{name}-onnx", marks=SLOW) for name in SMALL if name != "fcos"),
     *(pytest.param((name, "tensorrt", None), id=f"{name}-tensorrt", marks=SLOW) for name in SMALL),
@@ -148,7 +150,7 @@ def test_openvino_finds_the_same(made, tmp_path):
 
     detector, card, path = made
     if card.target != "onnx":
-        pytest.skip("a graph for TensorRT")
+        pytest.skip("a graph for another program")
     write_openvino(path, tmp_path / "m_openvino", card)
     model = OpenVinoModel(tmp_path / "m_openvino")
     assert model.card == card

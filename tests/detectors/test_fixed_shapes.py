@@ -1,4 +1,4 @@
-"""What an exported graph computes equals what `decode` gives, for every detector and both kinds of graph."""
+"""What an exported graph computes equals what `decode` gives, for every detector and every kind of graph."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def lively(name, options):
     return model
 
 
-@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime", "tensorrt"])
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 @torch.no_grad()
 def test_fixed_equals_decode(name, options, target):

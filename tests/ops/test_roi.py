@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from ssod.ops.forms import graph_for
 from ssod.ops.roi import _by_operator, _by_pixels, roi_features, roi_strides
+from ssod.ops.roi_samples import by_samples
 
 
 def test_roi_strides_by_hand():
@@ -29,6 +31,59 @@ def test_both_ways_agree_forward_and_backward(case):
     upstream = torch.randn_like(one)
     for a, b in zip(*(torch.autograd.grad(o, list(maps.values()), upstream) for o in (one, other)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [7, 3])
+def test_samples_of_a_canvas_make_the_same_cells(case, size):
+    maps, boxes, image = case
+    boxes, image = boxes[image.argsort()], image.sort().values
+    count = int(image.bincount().min())
+    rows = torch.cat([(image == b).nonzero().squeeze(1)[:count] for b in (0, 1)])
+    with torch.no_grad():
+        expected = _by_operator(maps, boxes[rows], image[rows], size)
+        with graph_for("onnxruntime"):
+            torch.testing.assert_close(
+                roi_features(maps, boxes[rows], image[rows], size), expected, atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 12), (12, 8), (12, 16)])
+def test_the_operator_in_onnx_is_the_one_in_torch(height, width):
+    """Also where a map with its border is as large as the 14 x 14 samples: such an axis Resize would leave alone."""
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from ssod.deploy.onnx_roi import pooled_samples
+
+    torch.manual_seed(0)
+    maps = {s: torch.randn(2, 5, -(-8 * height // s), -(-8 * width // s)) for s in (8, 16, 32)}
+    corner = torch.rand(2, 9, 2) * 8 * max(height, width) - 8
+    boxes = torch.cat([corner, corner + torch.rand(2, 9, 2) * 12 * height], dim=-1)
+    given = []
+
+    def told(*inputs):
+        given.extend(inputs)
+        return pooled_in_torch(*inputs)
+
+    pooled_in_torch = torch.ops.ssod.pooled_samples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.ssod, "pooled_samples", told)
+        by_samples(maps, boxes, roi_strides(boxes.flatten(0, 1), list(maps)).view(2, 9), 7)
+    names = ["canvas", "spans", "rows", "columns"]
+    assert 14 not in given[0].shape[1:3]
+    whole = pooled_samples.to_model_proto(
+        input_types=[onnxscript_float(t.dim()) for t in given], output_types=[onnxscript_float(5)]
+    )
+    onnx.checker.check_model(whole)
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(found), pooled_in_torch(*given), atol=1e-4, rtol=1e-4)
+
+
+def onnxscript_float(dimensions):
+    from onnxscript import FLOAT
+
+    return FLOAT[(None,) * dimensions]
 
 
 def test_half_precision_maps_stay_close(case):
