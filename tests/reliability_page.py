@@ -104,7 +104,7 @@ def run(places: list[str]) -> dict[str, str]:
         subprocess.run([sys.executable, "-m", "pytest", *only, *places], cwd=TESTS.parent)
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for case in ElementTree.parse(report).iter("testcase"):
-            test = f"{Path(case.attrib['file']).relative_to('tests')}::{re.sub(r'[[].*', '', case.attrib['name'])}"
+            test = f"{Path(case.attrib['file']).relative_to('tests')}::{case.attrib['name'].split('[')[0]}"
             outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
             kinds = [outcome[c.tag] for c in case if c.tag in outcome]
             found[test][kinds[0] if kinds else "passed"] += 1
