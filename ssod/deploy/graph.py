@@ -121,6 +121,7 @@ def _traced(detector: Detector, card: Card) -> Any:
 
 
 def _translations() -> dict[Any, Any]:
+    import ssod.ops.roi_samples  # noqa: F401  its operator is there from then on, and Faster R-CNN alone loads it
     from ssod.deploy.onnx_nms import nms_keep
     from ssod.deploy.onnx_roi import pooled_samples
 
