@@ -10,7 +10,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ssod needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,export,fast,openvino,rtx]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,export,fast,openvino,rtx,tb]'
 	touch $(READY)
 
 demo: $(READY)  ## train on the drawn demo set: under 4 minutes on 2 cores

@@ -68,7 +68,7 @@ def picture(trainer: SemiTrainer, name: str, encoded: bytes, size: tuple[int, in
     events = writer(trainer)
     if events is None:
         return
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=encoded)
     events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
