@@ -15,7 +15,7 @@ from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
 from ssod.data.views.geometry import Size, sides
 from ssod.deploy.infer import pick_device
-from ssod.detectors import build_detector
+from ssod.detectors import DETECTORS, build_detector
 from ssod.detectors.base import Detector
 from ssod.modes import CheckConfig, TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
@@ -117,7 +117,7 @@ def operations(detector: Detector, images: Tensor) -> tuple[int, Pyramid]:
 def _detector(config: CheckConfig) -> tuple[Detector, Size]:
     """The detector and the size it is meant for."""
     assert config.model is not None
-    model = str(resolve(config.model))
+    model = config.model if config.model in DETECTORS else str(resolve(config.model))
     suffix = Path(model).suffix
     if suffix in (".yaml", ".yml"):
         train: TrainConfig = load_config("train", {"cfg": config.model})
