@@ -226,13 +226,13 @@ def test_every_rank_knows_the_result(recipe: Path) -> None:
     script.write_text(
         "import sys; from ssod import SSOD\n"
         f"done = SSOD({str(recipe)!r}).train(name='ranks', val_fraction=0.25)\n"
-        "print('result', done.ap, done.step, len(done.summary['history']))\n"
+        "print(f'result {done.ap} {done.step} {len(done.summary[\"history\"])}\\n', end='')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert out.returncode == 0, out.stderr[-2000:]
-    results = re.findall(r"result \S+ \d+ \d+", out.stdout)  # two processes may write into one line
+    results = re.findall(r"result \S+ \d+ \d+", out.stdout)  # one line each, written in one piece
     assert len(results) == 2
     assert results[0] == results[1]
     assert results[0].endswith(" 2"), "two validations"
