@@ -16,6 +16,7 @@ from ssod.config import load_config
 from ssod.data.shapes import NAMES
 from ssod.detectors import build_detector
 from ssod.engine.trainer import SemiTrainer
+from ssod.engine.watch.diagnosis import course
 from ssod.engine.watch.diagnosis.course import Waiting, teacher_behind
 from ssod.engine.watch.diagnosis.probe import norm_gaps
 from ssod.errors import Fault, UserError
@@ -62,7 +63,8 @@ def test_a_run_that_goes_back_says_it_once_all_the_same(tiny: Tiny) -> None:
     assert [a["code"] for a in run.observers[0].summary()["diagnosis"]] == codes
 
 
-def test_images_that_take_longer_than_the_step(tiny: Tiny, tmp_path: Path) -> None:
+def test_images_that_take_longer_than_the_step(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course, "LEAST_WAIT", 0.1)  # seconds: a fast machine reads all of it in less than the usual two
     noise = np.random.default_rng(0).integers(0, 255, (2600, 2600, 3), dtype=np.uint8)
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
