@@ -11,7 +11,7 @@ a checkpoint of one network. Keys:
     use         "student" or "teacher": the network that scored better, which val, predict and export take
     metrics     AP of each network when it was saved, step, seed, versions
     networks    {"student": state_dict, "teacher": state_dict}
-    train       last.pt only: all that resuming needs (strategy, optimizer, scaler, RNG, step, config)
+    train       last.pt only: all that resuming needs (strategy, optimizer, scaler, step, config)
 """
 
 from __future__ import annotations

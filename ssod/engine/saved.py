@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ssod import __version__
 from ssod.checkpoint import FORMAT
 from ssod.errors import UserError
@@ -16,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def content_of(trainer: SemiTrainer, whole: bool) -> dict[str, Any]:
-    """The networks, and with `whole` all that resuming needs."""
+    """The networks, and with `whole` all that resuming needs. Random numbers are not among it: those of a step follow
+    from its number (ssod.engine.draws)."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "spec": trainer.strategy.student.spec,
@@ -33,8 +32,6 @@ def content_of(trainer: SemiTrainer, whole: bool) -> dict[str, Any]:
             "strategy": trainer.strategy.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
             "best": trainer.best,
             "since_best": trainer.since_best,
             "history": trainer.history,
@@ -50,9 +47,6 @@ def restore(trainer: SemiTrainer, train: dict[str, Any]) -> None:
     trainer.strategy.load_state_dict(train["strategy"])
     trainer.optimizer.load_state_dict(train["optimizer"])
     trainer.scaler.load_state_dict(train["scaler"])
-    torch.set_rng_state(train["rng"])
-    if train["rng_cuda"] and trainer.device.type == "cuda":
-        torch.cuda.set_rng_state_all(train["rng_cuda"])
     trainer.step, trainer.best, trainer.since_best = train["step"], train["best"], train["since_best"]
     trainer.history, trainer.bad = train["history"], train["bad"]
     trainer.rollbacks = train.get("rollbacks", 0)  # older versions knew none, and watched less

@@ -19,6 +19,7 @@ from ssod.data.views.transforms import pipeline
 from ssod.deploy.infer import Inference, pick_device
 from ssod.detectors.base import Detector
 from ssod.engine.callbacks import Callbacks
+from ssod.engine.draws import seed_step
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.finish import finish
 from ssod.engine.log import Averages, Logger, over_ranks
@@ -214,6 +215,7 @@ class SemiTrainer:
     def _step(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> bool:
         """One optimizer step over its micro-batches; False when it was skipped because it was not finite."""
         self.strategy.train()
+        seed_step(self.config.seed, self.step)
         for i, batch in enumerate(batches):
             self._note_bad(batch.bad)
             moved = batch.to(self.device, non_blocking=True)
