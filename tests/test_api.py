@@ -326,25 +326,3 @@ def test_the_package_is_typed() -> None:
     source = Path(ssod.__file__).read_text()
     for name in ssod.__all__[1:]:
         assert f"import {name} as {name}\n" in source, f"type checkers see no {name}"
-
-
-def test_every_example_of_the_docs_runs(
-    recipe: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the smallest settings; the files that the page speaks of are there."""
-    monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load(recipe.read_text())
-    for name in ("my_recipe.yaml", "fcos.yaml"):
-        (tmp_path / name).write_text(yaml.safe_dump(content | {"project": "runs", "val_fraction": 0.25}))
-    (tmp_path / "my.yaml").write_text(shapes_data.read_text().replace("path: .", f"path: {shapes_data.parent}"))
-    (tmp_path / "photos").symlink_to(shapes_data.parent / "images" / "val")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
-    assert len(blocks) == 5
-    for block in blocks:
-        small = block.replace('SSOD("fcos")', 'SSOD("fcos.yaml")')
-        small = small.replace(
-            "epochs=100, lr0", "iters=1, burn_in=0, batch=2, workers=0, device='cpu', plots=False, lr0"
-        )
-        exec(compile(small.replace("epochs=100", "iters=4"), "docs/python.md", "exec"), {})
-    assert (tmp_path / "runs/train/exp/weights/best.onnx").is_file()
-    assert list(load_checkpoint("student.pt")["networks"]) == ["student"]

@@ -1,11 +1,14 @@
-"""README and docs: their commands are run, page by page in the order of the page, on drawn images with a tiny model.
+"""README and docs: their commands and programs are run, page by page in the order of the page, on drawn images with a
+tiny model.
 
 What a command would take from outside, or take hours for, is replaced: SMALLER says what and why; none is left out.
-docs/export.md is run by tests/deploy/test_export_doc.py. `make test-slow` runs this file.
+docs/export.md is run by tests/deploy/test_export_doc.py, the command lines of grids and benches by their own tests.
+`make test-slow` runs this file.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shlex
@@ -13,26 +16,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
-from test_docs import FENCED, ROOT, text_of
+from test_docs import FENCED, ROOT, code, inline, text_of
 
-from ssod import zoo
+from ssod import SSOD, zoo
 from ssod.cli import main
 from ssod.data.shapes import draw_image
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/predict.md", "docs/zoo.md", "docs/label.md", "docs/splits.md"]
+ELSEWHERE = ["docs/export.md", "docs/config.md"]  # the latter is of arguments, without a command that does something
+TRAIN_THEIR_OWN = ["README.md", "docs/quickstart.md"]  # the others speak of a run that is there
 ENTRY = "tiny_fcos"
-TINY = [
-    "detector=fcos",
-    "detector.fpn_channels=32",
-    "detector.head_convs=1",
-    "backbone=mobilenetv3_small_050",
-    "imgsz=64",
-]
-SHORT = ["iters=2", "burn_in=1", "batch=2", "workers=0", "plots=false", "amp=false", "device=cpu"]
+TINY = ["backbone=mobilenetv3_small_050", "imgsz=64"]
+NARROW = {  # of the detectors that the pages name
+    "fcos": ["detector.fpn_channels=32", "detector.head_convs=1"],
+    "retinanet": ["detector.fpn_channels=32", "detector.head_convs=1"],
+    "faster_rcnn": ["detector.fpn_channels=32", "detector.box_head_width=32", "detector.train_proposals=20"],
+}
+SHORT = ["iters=2", "burn_in=1", "batch=2", "workers=0", "plots=false", "amp=false"]
 # (word of a page, words that are run instead, why)
 SMALLER = [
     (r"^epochs=\d+$", "", "two steps, see SHORT"),
@@ -48,15 +53,43 @@ SMALLER = [
     (r"^percent=10$", "percent=25", "likewise; tests/data/test_split_files.py has 10"),
     (r"10percent", "25percent", "likewise"),
     (r"^labeled=\d+%$", "labeled=25%", "likewise"),
+    (r"^weights=FILE$", "", "a backbone's weights, as above"),
+    (r"^cfg=coco10\.yaml$", "cfg=coco10.yaml detector=fcos data=my.yaml labeled=25%", "COCO"),
+    (r"^cfg=(coco10_\w+\.yaml|bccd10\.yaml)$", r"cfg=\1 data=my.yaml labeled=25%", "COCO, BCCD"),
+    (r"^strategy\.mine_from=1500$", "strategy.mine_from=1", "two steps"),
+    (r"^device=0,1(,2,3)?$", "device=cpu,cpu", "graphics cards"),
+    (r"^data_path=/data/mine$", "data_path=.", "where the run's data lie"),
+    (r"^imgsz=640$", "imgsz=64", "minutes"),
+    (r"^resume=FOLDER$", "resume=runs/train/exp", "the run that is there"),
 ]
 
 
 def commands(page: str) -> list[str]:
-    """Lines that call ssod in a page's blocks, fenced or indented; in a console block all of them are mistakes."""
+    """Lines that call ssod in a page's blocks, fenced or indented, and whole commands within its sentences; in a
+    console block all of them are mistakes."""
     blocks = [block for _, language, block in FENCED.findall(text_of(ROOT / page)) if language != "console"]
     blocks += re.findall(r"^    .*(?:\n    .*)*", FENCED.sub("", text_of(ROOT / page)), re.M)
     lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    return [line for line in lines if re.match(r"(ssod|torchrun .*-m ssod) ", line)]
+    found = [line for line in lines if re.match(r"(ssod|torchrun .*-m ssod) ", line)]
+    whole = [line for line in inline(ROOT / page) if re.search(r"^ssod (train|check) .*\b(cfg|data|resume)=", line)]
+    return list(dict.fromkeys(found + whole))
+
+
+ALL = sorted(["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))])
+PAGES = [page for page in ALL if page not in ELSEWHERE and commands(page)]
+
+
+def detector_of(words: list[str]) -> str:
+    """Of a command: its own, the recipe's, or the default."""
+    for word in reversed(words):
+        if word.startswith("detector="):
+            return word.removeprefix("detector=")
+    for word in words:
+        if word.startswith("cfg="):
+            recipe = yaml.safe_load((ROOT / "cfg" / word.removeprefix("cfg=")).read_text())
+            name: str = recipe["detector"]["name"] if isinstance(recipe["detector"], dict) else recipe["detector"]
+            return name
+    return "fcos"
 
 
 def words_of(command: str, here: Path) -> list[str]:
@@ -67,14 +100,18 @@ def words_of(command: str, here: Path) -> list[str]:
     for pattern, instead, _ in SMALLER:
         taken = [re.sub(pattern, instead, word).split() if re.search(pattern, word) else [word] for word in words]
         words = [word for some in taken for word in some]
+    words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
     for place, word in enumerate(words):  # a page shows several ways to one folder, which is refused in earnest
         folder = here / word.removeprefix("out=")
         if word.startswith("out=") and folder.is_dir() and mode != "zoo":
             words[place] = f"{word.rstrip('/')}-{place}{len(list(here.iterdir()))}"
-    if mode == "train" and "resume=true" in words:
-        return [*words, "iters=3"]
+    if mode == "train" and any(word.startswith("resume=") for word in words):
+        done = [len(file.read_text().splitlines()) for file in here.glob("runs/train/*/results.csv")]
+        return [*words, f"iters={2 + max(done)}"]  # more than any run here has
     if mode == "train":
-        return [*words, *([] if any(w.startswith("model=") for w in words) else TINY), *SHORT]
+        device = [] if any(word.startswith("device=") for word in words) else ["device=cpu"]
+        size = [] if any(word.startswith("model=") for word in words) else [*TINY, *NARROW[detector_of(words)]]
+        return [*words, *size, *SHORT, *device]
     if mode == "check" and any(word.startswith("model=") for word in words):
         return [*words, "imgsz=64", "backbone=resnet10t", "device=cpu"]
     return [*words, "workers=0"] if mode == "zoo" and len(words) > 1 else words
@@ -100,13 +137,13 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Pa
     (folder / "COCO_supervision.txt").write_text(json.dumps(lists))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["train", "data=my.yaml", "labeled=25%", "name=start", *TINY, *SHORT]) == 0
-        shutil.move(folder / "runs/train/start/weights/best.pt", folder / "best.pt")
-        shutil.rmtree(folder / "runs")
+        for name in ("control", "exp"):
+            words = ["data=my.yaml", "labeled=25%", f"name={name}", *TINY, *NARROW["fcos"], *SHORT, "device=cpu"]
+            assert main(["train", *words]) == 0
+        shutil.copy(folder / "runs/train/exp/weights/best.pt", folder / "best.pt")
         assert main(["export", "model=best.pt"]) == 0
         facts = ["trained_by=mean_teacher", "labels=25%", "data_licence=CC0-1.0", "command=ssod train", "commit=abc"]
         assert main(["zoo", "pack", ENTRY, "model=best.pt", "data=my.yaml", *facts, "out=home", "workers=0"]) == 0
-        shutil.rmtree(folder / "runs")
     return folder
 
 
@@ -118,9 +155,8 @@ def test_every_command_runs(
     here = tmp_path / "here"
     shutil.copytree(furnished, here)
     (here / "list.txt").write_text((here / "list.txt").read_text().replace(str(furnished), str(here)))
-    if page != "README.md" and page != "docs/quickstart.md":  # these two train what they use
-        (here / "runs/train/exp/weights").mkdir(parents=True)
-        shutil.copy(here / "best.pt", here / "runs/train/exp/weights")
+    if page in TRAIN_THEIR_OWN:
+        shutil.rmtree(here / "runs")
     monkeypatch.chdir(here)
     monkeypatch.setattr(zoo, "HOME", here / "home")
     ran = 0
@@ -135,7 +171,41 @@ def test_every_command_runs(
             told = "".join(capsys.readouterr())
         assert code == 0, f"{command}\nrun as: ssod {shlex.join(words)}\n{told}"
         ran += 1
-    assert ran > 2
+    assert ran
+
+
+PROGRAMS = [page for page in ALL if code(ROOT / page, "python") and page != "docs/export.md"]
+NOT_HERE = {
+    "docs/zoo.md": "torch.hub's own download and two placeholders: tests/test_hub.py calls each line's function"
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PROGRAMS if page not in NOT_HERE])
+def test_every_program_runs(page: str, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(furnished, here)
+    monkeypatch.chdir(here)
+    (here / "my_recipe.yaml").write_text("data: my.yaml\nlabeled: 50%\n")
+    cv2 = pytest.importorskip("cv2")
+    film = cv2.VideoWriter("film.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for shade in range(3):
+        film.write(np.full((48, 64, 3), 80 * shade, np.uint8))
+    film.release()
+    whole = SSOD.train
+
+    def short(self: SSOD, **given: Any) -> Any:
+        """As the program asks, in four steps and, where the model is built anew, of a tiny one."""
+        left_out = {"epochs"} | {key for key, value in given.items() if str(value).startswith("torchvision://")}
+        given = {key: value for key, value in given.items() if key not in left_out}
+        few = {"iters": 4, "batch": 2, "workers": 0, "plots": False, "amp": False, "burn_in": 1, "labeled": "25%"}
+        narrow = {"backbone": "mobilenetv3_small_050", "imgsz": 64}
+        narrow["detector"] = {"name": "fcos", "fpn_channels": 32, "head_convs": 1}
+        return whole(self, **{**given, **few, **(narrow if self._scratch is not None else {})})
+
+    monkeypatch.setattr(SSOD, "train", short)
+    for number, block in enumerate(code(ROOT / page, "python")):
+        exec(compile(block, f"{page}, program {number + 1}", "exec"), {"__name__": "a_program"})
 
 
 def test_what_is_replaced_stands_on_a_page() -> None:
@@ -143,4 +213,4 @@ def test_what_is_replaced_stands_on_a_page() -> None:
     words = [word for command in every for word in shlex.split(command, comments=True)]
     for pattern, _, why in SMALLER:
         assert any(re.search(pattern, word) for word in words), (pattern, why)
-    assert len(every) > 30
+    assert len(every) > 80

@@ -72,7 +72,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["checkout", "clone", "zip"])
+@pytest.fixture(
+    scope="session", params=["checkout", *(pytest.param(p, marks=pytest.mark.slow) for p in ("clone", "zip"))]
+)
 def repo(request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "checkout":
         return ROOT

@@ -193,6 +193,7 @@ def test_a_stopped_control_goes_on_where_it_was(
         SemiTrainer(load_config("train", {"resume": str(resumed.folder)}))
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_has_a_control_as_long(shapes_data: Path, tmp_path: Path) -> None:
     trainer = run(options(shapes_data, tmp_path, patience=1, val_interval=1, burn_in=1))
     assert trainer.step < 5
@@ -217,6 +218,7 @@ def test_the_supervised_strategy_has_no_other_control(shapes_data: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_measure_once_and_train_one_control(shapes_data: Path, tmp_path: Path) -> None:
     config = tmp_path / "two.yaml"
     more = {"audit": 2, "labeled": "50%", "batch": 4, "val_interval": 2, "iters": 4, "burn_in": 2}
