@@ -35,7 +35,7 @@ from ssod.engine.watch.diagnosis.clock import DataClock
 from ssod.engine.watch.observers import build_observers
 from ssod.errors import Fault, UserError
 from ssod.modes import TrainConfig
-from ssod.nn.held import running_statistics
+from ssod.nn.held import Before, running_statistics
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
 
@@ -63,6 +63,7 @@ class SemiTrainer:
         self.since_best = 0  # validations without a better AP
         self.rollbacks = 0  # times the run went back to a checkpoint, as it diverged
         self._saved = -1  # step of last.pt
+        self._torn = False  # while the weights move: what is there is of no step
         self.log: Logger | None = None  # while it trains
         try:
             self._prepare()
@@ -99,6 +100,7 @@ class SemiTrainer:
         lay_out(self.strategy, self.dtype)
         self.optimizer = build_optimizer(self.strategy, config)
         self.statistics = running_statistics(self.strategy)
+        self.before = Before(self.strategy)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.strong = pipeline(config.augment.strong, config.imgsz, "strong")
         self.painter: Painter | None = None
@@ -205,7 +207,7 @@ class SemiTrainer:
                     raise Stopped(asked)
         except BaseException as error:
             no_memory = ran_out(error)
-            if self.step and skipped == 0 and not isinstance(error, Diverged):
+            if self.step and skipped == 0 and not self._torn and not isinstance(error, Diverged):
                 self._save("last.pt")
             if no_memory:
                 raise memory_fault(config, self.step, self.folder) from error
@@ -214,6 +216,31 @@ class SemiTrainer:
 
     def _step(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> bool:
         """One optimizer step over its micro-batches; False when it was skipped because it was not finite."""
+        self.before.keep()
+        try:
+            self._gradients(wrapped, batches, averages)
+        except BaseException:
+            self.before.put_back()  # so that what is saved now is the step before, to the last bit
+            raise
+        self._torn = True
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit, foreach=True)
+        finite = bool(torch.isfinite(norm))  # the same on all ranks: gradients are already averaged
+        if finite or self.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if finite:
+            averages.add({"grad_norm": norm})
+            self.strategy.after_step(self.step)
+        else:
+            self.before.put_back()  # statistics of what was not finite stay so for ever
+        self.optimizer.zero_grad(set_to_none=True)
+        self._torn = False
+        return finite
+
+    def _gradients(self, wrapped: torch.nn.Module, batches: list[SemiBatch], averages: Averages) -> None:
+        """Losses of the micro-batches, and what they say to each weight, the same on all ranks."""
         self.strategy.train()
         seed_step(self.config.seed, self.step)
         for i, batch in enumerate(batches):
@@ -230,18 +257,6 @@ class SemiTrainer:
             for observer in self.observers:
                 observer.note(moved, out)
         dist.average(self.statistics)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.clip_grad or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit, foreach=True)
-        finite = bool(torch.isfinite(norm))  # the same on all ranks: gradients are already averaged
-        if finite or self.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        if finite:
-            averages.add({"grad_norm": norm})
-            self.strategy.after_step(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        return finite
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -46,3 +47,22 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     learning = [m for m in norms if m.weight is None or m.weight.requires_grad]
     return [t for m in learning for t in (m.running_mean, m.running_var) if t is not None]
+
+
+class Before:
+    """The buffers of a module as they were when `keep` was called last: running statistics and counts, which a forward
+    pass moves without an optimizer. The module must change them in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in module.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._pairs = [(found, [b.clone() for b in found]) for found in by_type.values()]
+
+    def keep(self) -> None:
+        for now, before in self._pairs:
+            torch._foreach_copy_(before, now)
+
+    def put_back(self) -> None:
+        for now, before in self._pairs:
+            torch._foreach_copy_(now, before)
