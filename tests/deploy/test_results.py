@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,11 +104,30 @@ def test_drawing(result: Results, tmp_path: Path) -> None:
     assert page.shape[1] == 2 * 48 + 8
 
 
-def test_supervision_reads_them(result: Results) -> None:
-    supervision = pytest.importorskip("supervision")
-    found = supervision.Detections.from_ultralytics(result)
-    np.testing.assert_allclose(found.xyxy, [[30, 20, 60, 80], [0, 0, 12, 8]])
-    np.testing.assert_allclose(found.confidence, [0.5, 0.25])
-    assert (found.class_id.tolist(), found.data["class_name"].tolist()) == ([1, 0], ["dog", "cat"])
-    assert found.tracker_id is None
-    assert len(supervision.Detections.from_ultralytics(result[:0])) == 0
+READ_BY_SUPERVISION = """
+import sys
+import numpy as np
+import supervision
+from ssod.deploy.results import Boxes, Results
+assert "av" not in sys.modules
+boxes = Boxes(np.array([[30, 20, 60, 80], [0, 0, 12, 8.0]]), np.array([0.5, 0.25]), np.array([1, 0]), (80, 120))
+result = Results(boxes, None, ["cat", "dog"], {})
+found = supervision.Detections.from_ultralytics(result)
+np.testing.assert_allclose(found.xyxy, [[30, 20, 60, 80], [0, 0, 12, 8]])
+np.testing.assert_allclose(found.confidence, [0.5, 0.25])
+assert (found.class_id.tolist(), found.data["class_name"].tolist()) == ([1, 0], ["dog", "cat"])
+assert found.tracker_id is None
+assert len(supervision.Detections.from_ultralytics(result[:0])) == 0
+print("read", len(found))
+"""
+
+
+@pytest.mark.slow
+def test_supervision_reads_them(tmp_path: Path) -> None:
+    """The real library, fetched into a folder of its own without its dependency `av`, whose wheels hold GPL codecs."""
+    fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path)]
+    for words in (["--no-deps", "supervision>=0.29", "pydeprecate", "defusedxml", "scipy"], ["requests"]):
+        subprocess.run([*fetch, *words], check=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", READ_BY_SUPERVISION], env=env, capture_output=True, text=True)
+    assert done.stdout == "read 2\n", done.stderr
