@@ -1,8 +1,9 @@
-"""Out of memory: told from other errors, and said with what to lower."""
+"""How much memory the process has; out of memory, told from other errors and said with what to lower."""
 
 from __future__ import annotations
 
 import gc
+import resource
 import traceback
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from ssod.errors import Fault
 from ssod.modes import TrainConfig
 
 SAID = ("can't allocate memory", "not enough memory", "out of memory")  # by torch's CPU allocator and by CUDA libraries
+
+STATM = Path("/proc/self/statm")
+
+
+def resident() -> dict[str, float]:
+    """{"memory/rss": MB of this process that lie in RAM}, a figure of the log; {} where the system does not say."""
+    if not STATM.exists():  # Linux has it
+        return {}
+    return {"memory/rss": int(STATM.read_bytes().split()[1]) * resource.getpagesize() / 1e6}
 
 
 def ran_out(error: BaseException) -> bool:

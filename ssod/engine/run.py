@@ -53,6 +53,16 @@ def lock_run(folder: Path) -> None:
     _held[folder.resolve()] = file
 
 
+def _forget() -> None:
+    """In a fork, such as a worker of the loader, which outlives a killed run by seconds and must not hold its place."""
+    for file in _held.values():
+        file.close()  # the lock stays with the process that took it
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def unlock_run(folder: Path) -> None:
     """Let go of a run folder that this process holds."""
     if folder.resolve() in _held:

@@ -23,7 +23,7 @@ from ssod.engine.draws import seed_step
 from ssod.engine.evaluate import Metrics, evaluate
 from ssod.engine.finish import finish
 from ssod.engine.log import Averages, Logger, over_ranks
-from ssod.engine.memory import memory_fault, ran_out
+from ssod.engine.memory import memory_fault, ran_out, resident
 from ssod.engine.optim import build_optimizer, lr_at, set_lr
 from ssod.engine.pulse import Pulse
 from ssod.engine.rollback import SLOWER, Diverged, Divergence, roll_back
@@ -186,7 +186,7 @@ class SemiTrainer:
                 self.callbacks.step_end(self)
                 if self.step % every == 0 or self.step == plan.iters:
                     values = over_ranks(averages.read()) | {"lr": lr, "seconds": time.monotonic() - started}
-                    values["time/data"] = clock.read()
+                    values |= {"time/data": clock.read()} | resident()
                     log.row(self.step, values)
                     self.callbacks.figures("on_log", self, values)
                     divergence.look(self, values)

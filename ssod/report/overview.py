@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from ssod.report.charts import Line, class_color, line_chart
 from ssod.report.compare_runs import Comparison
+from ssod.report.memory import memory
 from ssod.report.run import Run, differences, scores
 
 NAMED = 10  # classes with a name in a chart; of more, the highest and the lowest half of that
@@ -59,10 +60,12 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def cost(run: Run) -> list[tuple[str, str]]:
-    """Minutes, and images a second of the two parts of the run."""
+    """Minutes, memory, and images a second of the two parts of the run."""
     out = []
     if (minutes := run.minutes()) is not None:
         out.append(("Time", f"{minutes:.1f} minutes with validation"))
+    if (found := memory(run)) is not None:
+        out.append(("Memory", str(found)))
     speeds = []
     for name, value in zip(("supervised", "with unlabelled images"), images_per_second(run), strict=True):
         if value is not None:

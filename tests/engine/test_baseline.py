@@ -98,7 +98,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    timed = ("seconds", "time/data")
+    timed = ("seconds", "time/data", "memory/rss")
     found = csv.DictReader((folder / "results.csv").read_text().splitlines())
     return [{k: v for k, v in r.items() if v and k not in timed} for r in found]
 

@@ -121,7 +121,7 @@ def test_a_run_with_callbacks_is_the_same_to_the_last_bit(tiny: Tiny) -> None:
 
 def _without(line: str, place: int) -> list[str]:
     cells = line.split(",")
-    return cells[:place] + cells[place + 2 :]  # seconds, time/data
+    return cells[:place] + cells[place + 3 :]  # seconds, time/data, memory/rss
 
 
 def _flat(value: Any) -> Any:

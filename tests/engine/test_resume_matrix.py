@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Tiny, Tiny, int]] = {
     "comining": (FRCNN, {"name": "comining", "tau": 0.02}, 5),
 }
 FAST = {  # the rest takes minutes
-    ("comining", 1, 2, "SIGTERM"),
+    ("comining", 1, 2, "SIGKILL"),
     ("unbiased_teacher", 2, 0, "SIGKILL"),
 }
 EVERY = [

@@ -25,6 +25,7 @@ from ssod.errors import UserError
 from ssod.strategies.base import Plan
 
 Tiny = dict[str, Any]
+TIMED = ("seconds", "time/data", "memory/rss")  # columns that are another run's
 RPL = {"name": "rpl", "threshold_on": "sqrt_pv", "tau": 0.05, "gamma1": 0.0}  # an untrained teacher gives boxes, too
 
 BUCKET = {"fpn_channels": 16, "codec": "bucket", "buckets": 6, "rank_by_quality": True}
@@ -139,9 +140,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(small: Tiny, name: str,
     for key in ("strategy", "optimizer", "scaler", "step", "best", "history"):
         assert same(a[key], b[key]), key
     assert a["strategy"]["balance.sums"][1].sum() > 0
-    curves = [
-        [{k: v for k, v in r.items() if k not in ("seconds", "time/data")} for r in rows(t)] for t in (whole, resumed)
-    ]
+    curves = [[{k: v for k, v in r.items() if k not in TIMED} for r in rows(t)] for t in (whole, resumed)]
     assert curves[0] == curves[1]
 
 
