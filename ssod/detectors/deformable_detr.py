@@ -28,10 +28,12 @@ from ssod.errors import UserError
 from ssod.nn.backbone import MakeBackbone
 from ssod.nn.deformable_transformer import DecoderLayer, EncoderLayer, Levels
 from ssod.nn.position import sine, sine_grid
-from ssod.ops.boxes import clip, nms
+from ssod.ops.boxes import clip
 from ssod.ops.codecs import L1Codec
+from ssod.ops.dense import suppress
 from ssod.ops.fixed import Detections, best_of, fill, fixed_detections, take_boxes
 from ssod.ops.forms import extent
+from ssod.ops.host import true_rows
 from ssod.ops.set_matching import CostWeights, to_corners
 from ssod.structures import DenseOutput, Instances, Pyramid, SlotOutput, Weigh
 
@@ -204,15 +206,10 @@ class DeformableDETR(Detector):
         """
         with full_precision(output.logits):
             boxes, best, label = self._best(output, max_det)
-            found = []
-            for b in range(len(best)):
-                keep = (best[b] > conf).nonzero().squeeze(1)
-                instances = Instances(boxes[b, keep], label[b, keep], best[b, keep])
-                if self.options.nms:
-                    assert instances.scores is not None
-                    instances = instances[nms(instances.boxes, instances.scores, instances.labels, iou)[:max_det]]
-                found.append(instances)
-            return found
+            if self.options.nms:
+                return suppress(boxes, best, label, None, conf, iou, max_det)
+            kept = true_rows(list(best > conf))
+            return [Instances(boxes[b, keep], label[b, keep], best[b, keep]) for b, keep in enumerate(kept)]
 
     def fixed(self, output: SlotOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
         """See `Detector.fixed`."""

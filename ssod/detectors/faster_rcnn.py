@@ -6,12 +6,14 @@ M regions or sampled anchors of the whole batch, D numbers per box code.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ssod import dist
 from ssod.detectors.base import RegionOutput, candidate_weights, check_targets, full_precision
@@ -22,13 +24,15 @@ from ssod.nn.dense_head import per_anchor
 from ssod.nn.fpn import FPN, PoolLevels
 from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import PaddedTargets, assign_iou, pad_targets, sample_balanced
-from ssod.ops.boxes import clip, nms, not_smaller
+from ssod.ops.boxes import clip, not_smaller
 from ssod.ops.codecs import L1Codec
 from ssod.ops.dense import codes_of
 from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
 from ssod.ops.forms import graph_target
+from ssod.ops.host import owners, true_rows
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features
+from ssod.ops.suppression import nms_batch, nms_levels
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
 
 LEVELS = 5
@@ -129,9 +133,10 @@ class FasterRCNN(PyramidDetector):
         check_targets(targets, len(output.logits))
         with full_precision(output.logits):
             padded = pad_targets(targets)
-            rpn = self._rpn_loss(output, targets, padded, weigh)
-            proposals = self._propose(output, self.options.train_pre_nms, self.options.train_proposals)
-            return rpn | self._roi_loss(output, proposals, targets, padded, weigh)
+            anchors = self._sample_anchors(output, targets)
+            regions = self._sample_regions(output, targets)
+            anchors.settle(regions)
+            return self._rpn_loss(output, anchors, padded, weigh) | self._roi_loss(output, regions, padded, weigh)
 
     def decode(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
         """Every region may become one detection per class; score = class probability.
@@ -140,26 +145,30 @@ class FasterRCNN(PyramidDetector):
         """
         with full_precision(output.logits):
             regions = self.proposals(output)
-            logits, codes = self._region_head(output.pyramid, torch.cat(regions), _image_of(regions))
+            image = _image_of(regions)
+            logits, codes = self._region_head(output.pyramid, torch.cat(regions), image)
             anchors = torch.cat(regions).unsqueeze(1)  # [M, 1, 4]
             all_boxes, all_quality = self.roi_codec.decode(codes, anchors)  # [M, K or 1, 4]
             probability = logits.softmax(dim=1)[:, :-1]  # [M, K]
             scores = ranked(probability, all_quality, self.options)
             all_boxes = all_boxes.expand(-1, self.num_classes, 4)
             all_quality = None if all_quality is None else all_quality.expand(-1, self.num_classes)
+            all_boxes = clip(all_boxes, output.pyramid.sizes[image, None])
+            solid = (scores > conf) & not_smaller(all_boxes, 0.01)  # [M, K]
+            counts = [len(r) for r in regions]
 
-            found, start = [], 0
-            for b, count in enumerate(len(r) for r in regions):
-                rows = slice(start, start + count)
-                start += count
-                boxes = clip(all_boxes[rows], output.pyramid.sizes[b])
-                region, label = ((scores[rows] > conf) & not_smaller(boxes, 0.01)).nonzero(as_tuple=True)
-                score = scores[rows][region, label]
-                keep = nms(boxes[region, label], score, label, iou)[:max_det]
-                region, label = region[keep], label[keep]
-                quality = None if all_quality is None else all_quality[rows][region, label]
-                found.append(Instances(boxes[region, label], label, score[keep], quality))
-            return found
+            def by_image(values: Tensor) -> Tensor:
+                """[M, K, ...] -> [B, R * K, ...], shorter images filled up with 0."""
+                return pad_sequence(list(values.split(counts)), batch_first=True).flatten(1, 2)
+
+            boxes, scores, valid = by_image(all_boxes), by_image(scores), by_image(solid)
+            quality = None if all_quality is None else by_image(all_quality)
+            label = torch.arange(self.num_classes, device=boxes.device).repeat(max(counts)).expand(scores.shape)
+            kept = nms_batch(boxes, scores, label, valid, iou, max_det)
+            return [
+                Instances(boxes[b, k], label[b, k], scores[b, k], None if quality is None else quality[b, k])
+                for b, k in enumerate(kept)
+            ]
 
     def fixed(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
         """See `Detector.fixed`."""
@@ -217,23 +226,18 @@ class FasterRCNN(PyramidDetector):
     @torch.no_grad()
     def _propose(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
         scores = output.logits.squeeze(-1).float()  # [B, P]
-        best, index, level = [], [], []
-        for i, span in enumerate(output.spans.values()):
+        best, index = [], []
+        for span in output.spans.values():
             value, where = scores[:, span].topk(min(pre_nms, span.stop - span.start), dim=1)
             best.append(value)
             index.append(where + span.start)
-            level.append(torch.full_like(where[0], i))
-        score, anchor, group = torch.cat(best, dim=1), torch.cat(index, dim=1), torch.cat(level)  # [B, T], [B, T], [T]
+        score, anchor = torch.cat(best, dim=1), torch.cat(index, dim=1)  # [B, T]
         codes = output.codes.float().gather(1, anchor.unsqueeze(-1).expand(-1, -1, self.codec.dim))
         boxes, _ = self.codec.decode(codes, output.anchors[anchor])
         boxes = clip(boxes, output.pyramid.sizes[:, None])
-
-        proposals = []
-        for b in range(len(boxes)):
-            solid = not_smaller(boxes[b], 1e-3).nonzero().squeeze(1)
-            keep = nms(boxes[b, solid], score[b, solid], group[solid], self.options.rpn_nms)[:post_nms]
-            proposals.append(boxes[b, solid[keep]])
-        return proposals
+        lengths = [b.shape[1] for b in best]
+        kept = nms_levels(boxes, score, lengths, not_smaller(boxes, 1e-3), self.options.rpn_nms, post_nms)
+        return [boxes[b, keep] for b, keep in enumerate(kept)]
 
     def _fixed_proposals(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
         """As `proposals`, filled up to one number: [B, R, 4], and which of them are real, bool [B, R]."""
@@ -249,21 +253,36 @@ class FasterRCNN(PyramidDetector):
         best, index = best_of(torch.cat(scores, dim=1), self.options.test_proposals)
         return take_boxes(torch.cat(boxes, dim=1), index), best > NO_REGION
 
-    def _rpn_loss(
-        self, output: DenseOutput, targets: list[Instances], padded: PaddedTargets, weigh: Weigh | None
-    ) -> dict[str, Tensor]:
+    def _sample_anchors(self, output: DenseOutput, targets: list[Instances]) -> _Samples:
         # Image by image: [B, P, N] overlaps of all anchors would be gigabytes for large images.
         matched = torch.stack([assign_iou(output.anchors, t.boxes.float(), 0.3, 0.7, True) for t in targets])  # [B, P]
         take, use = sample_balanced(matched, self.options.rpn_samples, self.options.rpn_positive)
-        image, column = use.nonzero(as_tuple=True)  # [M]
-        anchor = take[image, column]
-        candidates = self._candidates(output.anchors[anchor], image, matched[image, anchor], padded, "rpn")
+        image = torch.arange(len(take), device=take.device)[:, None].expand(take.shape)
+        return _Samples(take.flatten(), image.flatten(), matched.gather(1, take).flatten(), use.flatten())
+
+    def _sample_regions(self, output: DenseOutput, targets: list[Instances]) -> _Samples:
+        threshold = self.options.roi_foreground
+        boxes, matched, use = [], [], []
+        proposals = self._propose(output, self.options.train_pre_nms, self.options.train_proposals)
+        for regions, target in zip(proposals, targets, strict=True):
+            regions = torch.cat([regions, target.boxes.float()])  # the targets themselves: foreground from step one
+            found = assign_iou(regions, target.boxes.float(), threshold, threshold, False)
+            take, used = sample_balanced(found[None], self.options.roi_samples, self.options.roi_positive)
+            boxes.append(regions[take[0]])
+            matched.append(found[take[0]])
+            use.append(used[0])
+        return _Samples(torch.cat(boxes), _image_of(boxes), torch.cat(matched), torch.cat(use))
+
+    def _rpn_loss(
+        self, output: DenseOutput, samples: _Samples, padded: PaddedTargets, weigh: Weigh | None
+    ) -> dict[str, Tensor]:
+        anchor, image, fg = samples.what, samples.image, samples.foreground
+        candidates = self._candidates(output.anchors[anchor], image, samples.matched, padded, "rpn")
         weights = candidate_weights(candidates, padded, weigh)
 
         is_object = (candidates.matched >= 0).float()
         logits = output.logits[image, anchor, 0].float()
         objectness = F.binary_cross_entropy_with_logits(logits, is_object, reduction="none")
-        fg = is_object.nonzero().squeeze(1)
         codes = output.codes[image[fg], anchor[fg]].float()
         boxes = padded.boxes[image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
@@ -273,29 +292,14 @@ class FasterRCNN(PyramidDetector):
         }
 
     def _roi_loss(
-        self,
-        output: DenseOutput,
-        proposals: list[Tensor],
-        targets: list[Instances],
-        padded: PaddedTargets,
-        weigh: Weigh | None,
+        self, output: DenseOutput, samples: _Samples, padded: PaddedTargets, weigh: Weigh | None
     ) -> dict[str, Tensor]:
-        threshold = self.options.roi_foreground
-        sampled, assigned = [], []
-        for regions, target in zip(proposals, targets, strict=True):
-            regions = torch.cat([regions, target.boxes.float()])  # the targets themselves: foreground from step one
-            matched = assign_iou(regions, target.boxes.float(), threshold, threshold, False)
-            take, use = sample_balanced(matched[None], self.options.roi_samples, self.options.roi_positive)
-            chosen = take[0][use[0]]
-            sampled.append(regions[chosen])
-            assigned.append(matched[chosen])
-
-        candidates = self._candidates(torch.cat(sampled), _image_of(sampled), torch.cat(assigned), padded, "roi")
+        fg = samples.foreground
+        candidates = self._candidates(samples.what, samples.image, samples.matched, padded, "roi")
         weights = candidate_weights(candidates, padded, weigh)
-        logits, codes = self._region_head(output.pyramid, torch.cat(sampled), _image_of(sampled))
+        logits, codes = self._region_head(output.pyramid, samples.what, samples.image)
         cls = self._class_loss(logits, candidates.labels)
 
-        fg = (candidates.matched >= 0).nonzero().squeeze(1)
         boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
         own_codes = self._codes_for(codes[fg], candidates.labels[fg])  # [F, D], of the class each is assigned
@@ -324,7 +328,7 @@ class FasterRCNN(PyramidDetector):
         self, boxes: Tensor, image: Tensor, matched: Tensor, padded: PaddedTargets, stage: str
     ) -> Candidates:
         labels = padded.labels[image, matched.clamp(min=0)].where(matched >= 0, self.num_classes)
-        divisor = dist.shared(boxes.new_tensor(float(len(boxes))))
+        divisor = dist.shared(boxes.new_full((), len(boxes)))
         return Candidates(boxes, image, labels, matched, stage, divisor)
 
     def _region_head(self, pyramid: Pyramid, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,6 +364,33 @@ def _body(body: MakeBackbone, options: FasterRCNNOptions) -> Backbone:
 
 def _image_of(boxes: list[Tensor]) -> Tensor:
     """B tensors [R, 4] -> int64 [M]: the image of each row of their concatenation."""
-    device = boxes[0].device
-    counts = torch.tensor([len(b) for b in boxes], device=device)
-    return torch.arange(len(boxes), device=device).repeat_interleave(counts)
+    return owners([len(b) for b in boxes], boxes[0].device)
+
+
+@dataclass
+class _Samples:
+    """Anchors or regions of all images that a loss looks at; S are drawn, and after `settle` M are left.
+
+    what        int64 [S] anchors, or float32 [S, 4] boxes
+    image       int64 [S]
+    matched     int64 [S]  target, -1 = background
+    use         bool [S]   False where there were too few to draw
+    foreground  int64 [F]  those with a target, after `settle`
+    """
+
+    what: Tensor
+    image: Tensor
+    matched: Tensor
+    use: Tensor
+    foreground: Tensor = field(init=False)
+
+    def settle(self, other: _Samples) -> None:
+        """Drop what is not used, here and there: a GPU is waited for once for both."""
+        both = (self, other)
+        found = iter(true_rows([mask for s in both for mask in (s.use, s.use & (s.matched >= 0))]))
+        for samples in both:
+            rows, foreground = next(found), next(found)
+            samples.foreground = (samples.use.cumsum(0) - 1)[foreground]
+            samples.what, samples.image, samples.matched = (
+                t[rows] for t in (samples.what, samples.image, samples.matched)
+            )

@@ -134,6 +134,7 @@ class FCOS(PyramidDetector):
                 weights.cls,
                 self.options.focal_alpha,
                 self.options.focal_gamma,
+                fg,
             )
             share, divisor = box_weight, count
             if self.options.center_weighted_box:

@@ -113,6 +113,7 @@ class RetinaNet(PyramidDetector):
                     cls_weight,
                     self.options.focal_alpha,
                     self.options.focal_gamma,
+                    fg,
                 ),
                 "box": box * self.options.box_loss_weight,
             }

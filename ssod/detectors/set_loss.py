@@ -11,6 +11,7 @@ from ssod import dist
 from ssod.detectors.base import candidate_weights
 from ssod.ops.assign import PaddedTargets, pad_targets
 from ssod.ops.boxes import giou_loss
+from ssod.ops.host import true_rows
 from ssod.ops.losses import focal_loss, weighted_sum
 from ssod.ops.set_matching import CostWeights, match_queries, pair_costs, to_centers, to_corners
 from ssod.structures import Candidates, Instances, Pyramid, SlotOutput, Weigh
@@ -50,15 +51,19 @@ class SetLoss:
             proposals = pair_costs(output.dense.logits, cells, one_class, wanted, self.cost)  # [B, S, N]
         matched, found = match_queries(queries, proposals, padded.valid)
 
-        def terms(logits: Tensor, boxes: Tensor, target: Tensor, stage: str) -> dict[str, Tensor]:
-            return self._terms(logits, boxes, target, stage, wanted, padded, output.pyramid, weigh)
+        of_stage = {"query": matched[-1:], "aux": matched[:-1]} | ({} if found is None else {"encoder": found[None]})
+        foreground = dict(zip(of_stage, true_rows([(m >= 0).flatten() for m in of_stage.values()]), strict=True))
 
-        losses = terms(output.logits[-1:], output.boxes[-1:], matched[-1:], "query")
+        def terms(logits: Tensor, boxes: Tensor, stage: str) -> dict[str, Tensor]:
+            target, fg = of_stage[stage], foreground[stage]
+            return self._terms(logits, boxes, target, fg, stage, wanted, padded, output.pyramid, weigh)
+
+        losses = terms(output.logits[-1:], output.boxes[-1:], "query")
         if len(output.logits) > 1:
-            earlier = terms(output.logits[:-1], output.boxes[:-1], matched[:-1], "aux")
+            earlier = terms(output.logits[:-1], output.boxes[:-1], "aux")
             losses["aux"] = self.aux * torch.stack(list(earlier.values())).sum()
         if output.dense is not None and found is not None:
-            first = terms(output.dense.logits[None], cells[None], found[None], "encoder")
+            first = terms(output.dense.logits[None], cells[None], "encoder")
             losses["encoder"] = self.encoder * torch.stack(list(first.values())).sum()
         return losses
 
@@ -67,13 +72,15 @@ class SetLoss:
         logits: Tensor,
         boxes: Tensor,
         matched: Tensor,
+        fg: Tensor,
         stage: str,
         wanted: Tensor,
         padded: PaddedTargets,
         pyramid: Pyramid,
         weigh: Weigh | None,
     ) -> dict[str, Tensor]:
-        """Losses of G layers: logits [G, B, Q, K], boxes [G, B, Q, 4], matched [G, B, Q], wanted [B, N, 4]."""
+        """Losses of G layers: logits [G, B, Q, K], boxes [G, B, Q, 4], matched [G, B, Q], fg int64 [F] where
+        that is a target, wanted [B, N, 4]."""
         image = torch.arange(matched.shape[1], device=matched.device)[:, None].expand(matched.shape).flatten()  # [M]
         flat = boxes.flatten(0, 2).float()  # [M, 4]
         corners = to_corners(flat) * valid_extent(pyramid)[image]
@@ -85,9 +92,8 @@ class SetLoss:
 
         # Proposals are objects or not: the first of their logits says so.
         classes = labels if stage != "encoder" else torch.zeros_like(labels).where(target >= 0, self.num_classes)
-        focal = focal_loss(logits.flatten(0, 2), classes, weights.cls, self.alpha)
+        focal = focal_loss(logits.flatten(0, 2), classes, weights.cls, self.alpha, foreground=fg)
 
-        fg = (target >= 0).nonzero().squeeze(1)  # [F]
         own = image[fg], target[fg]
         distance = (flat[fg] - wanted[own]).abs().sum(dim=-1)
         # The GIoU does not care about the scale of an axis; in pixels no box is small against its epsilon.

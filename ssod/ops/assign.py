@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ssod.ops.boxes import area, iou_matrix
+from ssod.ops.host import on_device
 from ssod.structures import Instances
 
 BACKGROUND, IGNORED = -1, -2  # values of `matched` that are not the index of a target
@@ -36,7 +37,7 @@ class PaddedTargets:
 def pad_targets(targets: Sequence[Instances]) -> PaddedTargets:
     """Stack the targets of B images; rows beyond an image's own are not `valid`."""
     device = targets[0].boxes.device
-    counts = torch.tensor([len(t) for t in targets], device=device)
+    counts = on_device([len(t) for t in targets], device)
     size = max(1, *(len(t) for t in targets))
 
     def stack(parts: list[Tensor], fill: float = 0) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.ops.boxes import centers, distances, giou_loss, ordered
+from ssod.ops.host import on_device
 from ssod.ops.losses import weighted_sum
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a box grows at most 62.5 times: keeps exp() finite
@@ -66,11 +67,11 @@ class L1Codec:
         size = anchors[..., 2:] - anchors[..., :2]
         shift = (centers(boxes) - centers(anchors)) / size
         scale = ((boxes[..., 2:] - boxes[..., :2]) / size).log()
-        return torch.cat([shift, scale], dim=-1) * shift.new_tensor(self.weights)
+        return torch.cat([shift, scale], dim=-1) * on_device(self.weights, shift.device, shift.dtype)
 
     def decode(self, codes: Tensor, anchors: Tensor) -> tuple[Tensor, None]:
         size = anchors[..., 2:] - anchors[..., :2]
-        codes = codes / codes.new_tensor(self.weights)
+        codes = codes / on_device(self.weights, codes.device, codes.dtype)
         center = centers(anchors) + codes[..., :2] * size
         half = codes[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * size / 2
         return torch.cat([center - half, center + half], dim=-1), None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ssod.ops.assign import BACKGROUND, IGNORED, PaddedTargets
-from ssod.ops.boxes import nms
 from ssod.ops.fixed import best_of
+from ssod.ops.suppression import nms_batch
 from ssod.structures import Candidates, Instances
 
 
@@ -61,11 +61,8 @@ def suppress(
 
     boxes [B, T, 4], scores, labels and quality [B, T]
     """
-    found = []
-    for b in range(len(boxes)):
-        keep = (scores[b] > conf).nonzero().squeeze(1)
-        keep = keep[nms(boxes[b, keep], scores[b, keep], labels[b, keep], iou)[:max_det]]
-        found.append(
-            Instances(boxes[b, keep], labels[b, keep], scores[b, keep], None if quality is None else quality[b, keep])
-        )
-    return found
+    kept = nms_batch(boxes, scores, labels, scores > conf, iou, max_det)
+    return [
+        Instances(boxes[b, keep], labels[b, keep], scores[b, keep], None if quality is None else quality[b, keep])
+        for b, keep in enumerate(kept)
+    ]

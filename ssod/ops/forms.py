@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ssod.ops.host import on_device
+
 Target = Literal["onnx", "onnxruntime", "tensorrt"]
 _target: ContextVar[Target | None] = ContextVar("graph_target", default=None)
 
@@ -42,5 +44,5 @@ def in_graph() -> bool:
 def extent(height: int, width: int, device: torch.device) -> Tensor:
     """int64 [2] of two sizes, which in a graph may be symbols: those `torch.tensor` would take as they are now."""
     if not in_graph() or torch.jit.is_tracing():
-        return torch.tensor([height, width], device=device)
+        return on_device([height, width], device)
     return torch.stack([torch.scalar_tensor(n, dtype=torch.int64, device=device) for n in (height, width)])

@@ -28,7 +28,7 @@ def match_hungarian(cost: Tensor, valid: Tensor) -> Tensor:
         both = torch.cat([cost.detach().float(), valid.unsqueeze(1).float()], dim=1).cpu().numpy()  # [G, Q + 1, N]
         for row, table in zip(matched, both, strict=True):
             _match_one(row, table[:-1], table[-1] > 0)
-    return torch.from_numpy(matched).to(cost.device)
+    return torch.from_numpy(matched).to(cost.device, non_blocking=True)
 
 
 def _match_one(matched: np.ndarray, cost: np.ndarray, valid: np.ndarray) -> None:

@@ -12,13 +12,19 @@ PIECE = 65_536  # logits handled at once on a CPU: a few tensors of 256 kB stay 
 
 
 def focal_loss(
-    logits: Tensor, labels: Tensor, weight: Tensor | None = None, alpha: float = 0.25, gamma: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    foreground: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid focal loss (Lin et al., 2017, Eq. 5), summed over candidates and classes: float32.
 
     logits  [M, K] of any float type
     labels  int64 [M]  class, K = background, negative = ignored
     weight  [M] or None = 1, multiplies every class of a candidate; gets no gradient
+    foreground  int64 [F]  the candidates of a class, where the caller knows them already
 
     The few positives are taken apart from the many negatives: the same sum as with one-hot targets, without a one-hot
     tensor and with half the work on [M, K].
@@ -27,7 +33,9 @@ def focal_loss(
     if weight is None:
         weight = torch.ones(len(labels), device=logits.device)
     weight = weight.detach().float().where(labels >= 0, 0.0)
-    row = ((labels >= 0) & (labels < num_classes)).nonzero().squeeze(1)
+    row = foreground
+    if row is None:
+        row = ((labels >= 0) & (labels < num_classes)).nonzero().squeeze(1)
     negatives: Tensor = _NegativeFocal.apply(logits, weight * (1 - alpha), gamma, row, labels[row])
     chosen = logits[row, labels[row]].float()
     positives = alpha * (-chosen).sigmoid().pow(gamma) * F.softplus(-chosen)

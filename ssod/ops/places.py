@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssod.ops.boxes import centers
+from ssod.ops.host import on_device
 from ssod.ops.views import map_points
 from ssod.structures import DenseOutput
 
@@ -63,8 +64,8 @@ def _grid(output: DenseOutput, stride: int, device: torch.device) -> tuple[Tenso
     to the next (x, y)."""
     span = output.spans[stride]
     down, across = output.pyramid.maps[stride].shape[-2:]
-    cells = torch.tensor([across, down], device=device)
+    cells = on_device([across, down], device)
     first, last = centers(output.anchors[span.start]), centers(output.anchors[span.stop - 1])
     # Read off the anchors: their places are not always multiples of the stride (`rounded_strides`).
     pitch = ((last - first) / (cells - 1).clamp(min=1)).where(cells > 1, float(stride))
-    return torch.tensor(float(stride), device=device), torch.tensor(span.start, device=device), cells, first, pitch
+    return on_device(float(stride), device), on_device(span.start, device), cells, first, pitch

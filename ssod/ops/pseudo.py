@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssod.ops.assign import pad_targets
+from ssod.ops.host import true_rows
 from ssod.structures import Candidates, Instances, Weigh, Weights
 
 BINS = 100
@@ -17,14 +18,21 @@ def reaches(instances: Instances, tau: Tensor) -> Tensor:
     return instances.scores >= tau[instances.labels]
 
 
-def above(instances: Instances, tau: Tensor) -> Instances:
-    """The detections that reach the threshold of their class: tau [K], 0..1."""
-    return instances[reaches(instances, tau)]
+def above(every: list[Instances], tau: Tensor) -> list[Instances]:
+    """The detections of each image that reach the threshold of their class: tau [K], 0..1."""
+    return chosen(every, [reaches(i, tau) for i in every])
 
 
-def below(instances: Instances, tau: Tensor) -> Instances:
-    """The other detections: those that `above` leaves out."""
-    return instances[~reaches(instances, tau)]
+def above_and_below(every: list[Instances], tau: Tensor) -> tuple[list[Instances], list[Instances]]:
+    """The detections that `above` gives, and the others."""
+    sure = [reaches(i, tau) for i in every]
+    parts = chosen(every * 2, [*sure, *(~s for s in sure)])
+    return parts[: len(every)], parts[len(every) :]
+
+
+def chosen(every: list[Instances], wanted: list[Tensor]) -> list[Instances]:
+    """The wanted objects of each image, a bool [N] each. A GPU is waited for once for all."""
+    return [i[rows] for i, rows in zip(every, true_rows(wanted), strict=True)]
 
 
 def ignore_within(uncertain: list[Instances]) -> Weigh:
@@ -45,7 +53,8 @@ def ignore_within(uncertain: list[Instances]) -> Weigh:
 def class_counts(instances: list[Instances], num_classes: int) -> Tensor:
     """Boxes of each class over a batch: float32 [K]."""
     labels = torch.cat([i.labels for i in instances])
-    return torch.bincount(labels, minlength=num_classes).float()
+    # `bincount` would wait for a GPU twice.
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).sum(0).float()
 
 
 def score_histogram(instances: list[Instances], num_classes: int) -> Tensor:
@@ -53,7 +62,8 @@ def score_histogram(instances: list[Instances], num_classes: int) -> Tensor:
     labels = torch.cat([i.labels for i in instances])
     scores = torch.cat([i.scores for i in instances if i.scores is not None])
     cell = labels * BINS + (scores * BINS).long().clamp(0, BINS - 1)
-    return torch.bincount(cell, minlength=num_classes * BINS).float().view(num_classes, BINS)
+    counts = torch.zeros(num_classes * BINS, device=cell.device)
+    return counts.index_add_(0, cell, torch.ones_like(scores)).view(num_classes, BINS)
 
 
 def matching_thresholds(per_image: Tensor, wanted: Tensor, low: float, high: float) -> Tensor:

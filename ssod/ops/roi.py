@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 
 from ssod.ops.boxes import area
 from ssod.ops.forms import extent, graph_target, in_graph
+from ssod.ops.host import true_rows
 from ssod.ops.roi_samples import SAMPLING, by_samples
 
 CANONICAL_SIZE, CANONICAL_STRIDE = 224, 16  # a box of 224 px is cut from the map of stride 16 (FPN, Eq. 1)
@@ -53,8 +54,10 @@ def _by_operator(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
     stride_of = roi_strides(boxes, list(maps))
     channels = next(iter(maps.values())).shape[1]
     out = boxes.new_zeros(boxes.shape[0], channels, size, size)
-    for stride, x in maps.items():
-        index = (stride_of == stride).nonzero().squeeze(1)
+    masks = [stride_of == stride for stride in maps]
+    # A graph has no numbers to read.
+    of_stride = [m.nonzero().squeeze(1) for m in masks] if in_graph() else true_rows(masks)
+    for (stride, x), index in zip(maps.items(), of_stride, strict=True):
         pooled = roi_align(x.float(), rois[index], size, spatial_scale=1 / stride, sampling_ratio=SAMPLING)
         out = out.index_copy(0, index, pooled)
     return out

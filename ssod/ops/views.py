@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssod.ops.host import true_rows
 from ssod.structures import Instances, View
+
+MIN_AREA, MIN_VISIBLE = 1.0, 0.1  # what must remain of a box: pixels^2, and its share
 
 
 def between(matrix_a: Tensor, matrix_b: Tensor) -> Tensor:
@@ -36,7 +39,8 @@ def map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
     and back encloses the first box. Not clipped.
     """
     exact = boxes if boxes.device.type == "mps" else boxes.double()  # mps has no float64
-    corners = exact[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)  # [N, 4 corners, xy]
+    x1, y1, x2, y2 = exact.unbind(1)
+    corners = torch.stack((x1, y1, x2, y1, x2, y2, x1, y2), 1).reshape(-1, 4, 2)  # [N, 4 corners, xy]
     moved = map_points(corners, matrix)
     return torch.cat((moved.amin(1), moved.amax(1)), 1).to(boxes.dtype)
 
@@ -45,8 +49,8 @@ def map_instances(
     instances: Instances,
     matrix: Tensor,
     size: Tensor | tuple[int, int],
-    min_area: float = 1.0,
-    min_visible: float = 0.1,
+    min_area: float = MIN_AREA,
+    min_visible: float = MIN_VISIBLE,
 ) -> tuple[Instances, Tensor]:
     """Move objects into a view of valid `size` (h, w), clip them, and drop those clipped away.
 
@@ -55,20 +59,34 @@ def map_instances(
     min_visible  0 .. 1, share of the moved box that must remain inside
     Returns the kept objects, and their int64 indices [kept] in `instances`.
     """
-    boxes = map_boxes(instances.boxes, matrix)
-    # Kept as a tensor: reading h and w into Python would make a GPU wait once more per image.
-    limits = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype)[[1, 0, 1, 0]]
-    clipped = torch.minimum(boxes.clamp(min=0), limits)
-    area, visible = _area(boxes), _area(clipped)
-    keep = ((visible >= min_area) & (visible >= min_visible * area) & (visible > 0)).nonzero()[:, 0]
-    return instances.with_boxes(clipped)[keep], keep
+    moved, shown = _moved(instances, matrix, size, min_area, min_visible)
+    keep = shown.nonzero()[:, 0]
+    return moved[keep], keep
 
 
 def into_view(found: list[Instances], of: View, into: View) -> list[Instances]:
     """Objects of each image in one view's pixels -> in those of another of the same images; what is clipped away there
     is dropped."""
-    matrices = between(of.matrices, into.matrices)  # [B, 3, 3]
-    return [map_instances(f, matrices[i], into.sizes[i])[0] for i, f in enumerate(found)]
+    return into_views(found, between(of.matrices, into.matrices), into.sizes)[0]
+
+
+def into_views(found: list[Instances], matrices: Tensor, sizes: Tensor) -> tuple[list[Instances], list[Tensor]]:
+    """`map_instances` of each image: matrices [B, 3, 3], sizes [B, 2]. A GPU is waited for once for all."""
+    moved = [_moved(f, m, s, MIN_AREA, MIN_VISIBLE) for f, m, s in zip(found, matrices, sizes, strict=True)]
+    kept = true_rows([shown for _, shown in moved])
+    return [m[keep] for (m, _), keep in zip(moved, kept, strict=True)], kept
+
+
+def _moved(
+    instances: Instances, matrix: Tensor, size: Tensor | tuple[int, int], min_area: float, min_visible: float
+) -> tuple[Instances, Tensor]:
+    """All objects, moved and clipped, and whether enough of each is left: bool [N]."""
+    boxes = map_boxes(instances.boxes, matrix)
+    # Kept as a tensor: reading h and w into Python would make a GPU wait once more per image.
+    h, w = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype).unbind()
+    clipped = torch.minimum(boxes.clamp(min=0), torch.stack((w, h, w, h)))
+    area, visible = _area(boxes), _area(clipped)
+    return instances.with_boxes(clipped), (visible >= min_area) & (visible >= min_visible * area) & (visible > 0)
 
 
 def _area(boxes: Tensor) -> Tensor:

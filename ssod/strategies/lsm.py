@@ -72,7 +72,7 @@ class LSM(TeacherStudent):
         found = self.decode(seen, self.lowest())
         mapped = self.to_strong(batch, found)
         tau = self.thresholds_in_force()
-        targets = [as_targets(above(m, tau)) for m in mapped]
+        targets = [as_targets(m) for m in above(mapped, tau)]
         output = self.student_output(batch.strong)
         losses = self.student.loss(output, targets) | self.across_scales(batch, seen)
         out = self.step_output(losses, step, found, targets, options.tau)
@@ -159,7 +159,7 @@ def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Ten
         main, aux = judged.logits[chosen].float(), judged.target[chosen].detach().float()
         outcomes = _exclusive if judged.exclusive else _independent
         total = F.kl_div(outcomes(main), outcomes(aux), reduction="sum", log_target=True)
-        return total / dist.shared(total.new_tensor(len(chosen))), len(chosen)
+        return total / dist.shared(total.new_full((), len(chosen))), len(chosen)
 
 
 def unsure(logits: Tensor, exclusive: bool, low: float, high: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.detectors.base import Detector
-from ssod.ops.pseudo import BINS, above, below, ignore_within, matching_thresholds, reaches, score_histogram
+from ssod.ops.pseudo import BINS, above_and_below, ignore_within, matching_thresholds, reaches, score_histogram
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
 from ssod.strategies.verdicts import Verdict, compared, judged, scores
@@ -58,8 +58,9 @@ class MeanTeacher(TeacherStudent):
         detections = self.decode(seen, self.lowest())
         tau = self.thresholds(detections)
         mapped = self.to_strong(batch, detections)
-        targets = [self.as_targets(above(m, tau)) for m in mapped]
-        weigh = ignore_within([below(m, tau) for m in mapped]) if self.options.ignore else None
+        sure, unsure = above_and_below(mapped, tau)
+        targets = [self.as_targets(s) for s in sure]
+        weigh = ignore_within(unsure) if self.options.ignore else None
         losses = self.student.loss(self.student_output(batch.strong), targets, weigh)
         losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, detections, targets, tau)
@@ -77,7 +78,7 @@ class MeanTeacher(TeacherStudent):
         if options.tau != "auto":
             return torch.full_like(self.label_counts, options.tau)
         k = self.student.num_classes
-        seen = torch.cat([score_histogram(detections, k).flatten(), self.label_counts.new_tensor([len(detections)])])
+        seen = torch.cat([score_histogram(detections, k).flatten(), self.label_counts.new_full((1,), len(detections))])
         dist.all_reduce_sum(seen)
         self.score_counts.mul_(MOMENTUM).add_(seen[:-1].view(k, BINS))
         self.score_images.mul_(MOMENTUM).add_(seen[-1])

@@ -19,10 +19,11 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
 from ssod.ops.boxes import centers, clip
+from ssod.ops.host import owners
 from ssod.ops.hungarian import match_hungarian
 from ssod.ops.places import same_grid, same_place, within
 from ssod.ops.set_matching import pair_costs, to_centers, to_corners
-from ssod.ops.views import between, map_boxes, map_instances
+from ssod.ops.views import between, into_views, map_boxes
 from ssod.structures import DenseOutput, Instances, SlotOutput
 
 Worth = Callable[[Tensor], Tensor]
@@ -152,18 +153,13 @@ def _roi(
         there = [regions[:REGIONS] for regions in judge.proposals(seen)]  # B tensors [R, 4]
         here = there
         if matrices is not None:
-            here, shown = [], []
-            for regions, matrix, size in zip(there, between(matrices, torch.eye(3).to(matrices)), sizes, strict=True):
-                unnamed = Instances(regions, torch.zeros(len(regions), dtype=torch.int64, device=regions.device))
-                moved, index = map_instances(unnamed, matrix, size)
-                here.append(moved.boxes)
-                shown.append(index)
+            unnamed = [Instances(r, torch.zeros(len(r), dtype=torch.int64, device=r.device)) for r in there]
+            moved, shown = into_views(unnamed, between(matrices, torch.eye(3).to(matrices)), sizes)
+            here = [m.boxes for m in moved]
             there = [regions[index] for regions, index in zip(there, shown, strict=True)]
         counts = [len(regions) for regions in there]
         judged = judge.read(seen, there)
-        image = torch.arange(len(counts), device=judged.labels.device).repeat_interleave(
-            torch.tensor(counts, device=judged.labels.device)
-        )
+        image = owners(counts, judged.labels.device)
         target = _to_learner(judged.boxes, image, sizes, matrices)
         logits, labels = judged.logits, judged.labels
         if worth is not None:

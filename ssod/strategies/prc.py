@@ -61,7 +61,7 @@ class PRC(TeacherStudent):
         tau, alpha = self.thresholds_in_force(), self.balance.weights()
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
-        pseudo = [above(d, tau) for d in found]
+        pseudo = above(found, tau)
         targets = [self.as_targets(d) for d in self.to_strong(batch, pseudo)]
         output = self.student_output(batch.strong)
         reliability = judge(self.teacher, WeakView.of(batch, seen), output, pseudo, self.student)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
 from ssod.ops.boxes import clip, iou_matrix
+from ssod.ops.host import true_rows
 from ssod.ops.places import same_place
 from ssod.ops.set_matching import to_corners
 from ssod.ops.views import between, map_boxes
@@ -45,12 +46,9 @@ class WeakView:
     def mapped(self, candidates: Candidates, which: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Of each image the candidates chosen by a mask [M]: their rows, int64 [R], and their boxes in the weak view,
         clipped to it, [R, 4]."""
-        rows, boxes = [], []
-        for b, matrix in enumerate(self.to_weak):
-            own = (which & (candidates.image == b)).nonzero().squeeze(1)
-            rows.append(own)
-            boxes.append(clip(map_boxes(candidates.boxes[own], matrix), self.sizes[b]))
-        return rows, boxes
+        rows = true_rows([which & (candidates.image == b) for b in range(len(self.to_weak))])
+        boxes = [map_boxes(candidates.boxes[own], matrix) for own, matrix in zip(rows, self.to_weak, strict=True)]
+        return rows, [clip(b, size) for b, size in zip(boxes, self.sizes, strict=True)]
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ class RPL(TeacherStudent):
         seen = self.outputs(batch.weak)
         detections = self.detect(seen, LOWEST)
         tau, alpha = self.thresholds_in_force(), self.balance.weights()
-        targets = [above(m, tau) for m in self.to_strong(batch, detections)]
+        targets = above(self.to_strong(batch, detections), tau)
         losses = self.learn(batch.strong, targets, alpha) | self.across_scales(batch, *seen)
         out = self.step_output(losses, step, detections, targets, tau)
         out.stats |= self.balance.stats(tau, alpha)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssod import dist
 from ssod.detectors.base import Detector, HasRegions
 from ssod.errors import UserError
+from ssod.ops.pseudo import chosen
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.reliability import WeakView, region_background
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
@@ -53,8 +54,9 @@ class SoftTeacher(TeacherStudent):
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
         mapped = self.to_strong(batch, self.mark_steady(seen, found))
-        classes = [_bare(m[scores(m) > self.options.tau]) for m in mapped]
-        boxes = [_bare(m[_steady(m)]) for m in mapped]
+        wanted = [*(scores(m) > self.options.tau for m in mapped), *(_steady(m) for m in mapped)]
+        both = [_bare(m) for m in chosen(mapped * 2, wanted)]
+        classes, boxes = both[: len(mapped)], both[len(mapped) :]
 
         # Two sets of targets, so the candidates are assigned and sampled twice, as in the authors' code.
         output = self.student_output(batch.strong)

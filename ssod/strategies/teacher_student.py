@@ -64,7 +64,7 @@ class TeacherStudent(Strategy):
     def count_labels(self, view: View) -> None:
         """Add the labelled images of a step, of all ranks, to the label statistics."""
         boxes = class_counts(view.targets, self.student.num_classes)
-        counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_tensor([len(view)])]))
+        counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_full((1,), len(view))]))
         self.label_counts += counts[:-1]
         self.label_images += counts[-1]
 

@@ -154,7 +154,7 @@ def test_each_term_learns_from_its_own_boxes_with_its_own_weight(name: str) -> N
     with torch.no_grad():
         found = s.teacher.decode(s.teacher.head(s.teacher.features(b.weak.images, b.weak.sizes)), alpha, 0.6, 100)
         low = s.to_strong(b, found)
-        high = [as_targets(above(m, torch.full((3,), tau))) for m in low]
+        high = [as_targets(m) for m in above(low, torch.full((3,), tau))]
         assert sum(map(len, low)) > sum(map(len, high)) > 0
         assert float(out.stats["pseudo/per_image"]) == sum(map(len, high)) / 2
         assert float(out.stats["pseudo/pim_per_image"]) == sum(map(len, low)) / 2

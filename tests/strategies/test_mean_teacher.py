@@ -186,7 +186,7 @@ def test_pseudo_statistics_by_hand() -> None:
     counts = score_histogram([two], 3)
     assert counts.sum() == 3
     assert counts[0, 55] == counts[1, 29] == counts[1, 99] == 1
-    assert above(two, torch.tensor([0.6, 0.2, 0.0])).labels.tolist() == [1, 1]
+    assert above([two], torch.tensor([0.6, 0.2, 0.0]))[0].labels.tolist() == [1, 1]
     # class 0: 2 boxes an image score 0.5, 1 scores 0.8; people draw 1 an image -> everything from bin 51 on.
     # class 1: nothing found -> the lower bound. class 2: far too many at 0.95 -> the upper bound.
     per_image = torch.zeros(3, BINS)
@@ -236,7 +236,7 @@ def test_automatic_thresholds_let_through_what_people_draw() -> None:
         labels = torch.zeros(8, dtype=torch.int64)
         found = [Instances(torch.zeros(8, 4), labels, torch.rand(8, generator=generator)) for _ in range(2)]
         tau = s.thresholds(found)
-        kept.append(sum(len(above(f, tau)) for f in found) / 2)
+        kept.append(sum(map(len, above(found, tau))) / 2)
     # 0.5 boxes of class 0 an image are drawn, 8 uniform scores an image are found: tau = 1 - 0.5 / 8 = 0.94 > tau_high
     assert tau[0].item() == pytest.approx(0.9)
     assert sum(kept[100:]) / 100 == pytest.approx(8 * 0.1, abs=0.2)

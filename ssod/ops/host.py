@@ -1,0 +1,28 @@
+"""Where the host and a GPU meet. A GPU works off what it is given while Python goes on, until Python asks for a number
+or for something whose size it must know; then both stand still in turn. Here are the ways of asking seldom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor. `torch.tensor(..., device=...)` would wait until the device is done with all."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def owners(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Of rows that lie image by image, `counts` of each: the image of each row, int64 [sum of counts]."""
+    rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return rows.to(device, non_blocking=True)
+
+
+def true_rows(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Where each mask, bool [N] of its own N, is true: int64 [n] each, ascending. A GPU is waited for once for all."""
+    counts = torch.stack([m.sum() for m in masks]).tolist()
+    return [torch.nonzero_static(m, size=n).squeeze(1) for m, n in zip(masks, counts, strict=True)]

@@ -1,0 +1,111 @@
+"""Non-maximum suppression of a whole batch, which waits for a GPU once or twice and not once an image.
+
+A CPU takes torchvision's operator, image by image. On a GPU the greedy choice is found as what no longer changes when
+every box is kept that no kept box of higher score suppresses: the same boxes (Cluster-NMS, Zheng et al., 2020,
+Proposition 1), all images and groups at once.
+
+Letters: B images, N boxes of each, L levels, n boxes that are compared with each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssod.ops.boxes import iou_matrix, nms
+
+# Each pass settles boxes one link further down a chain of boxes that suppress one another; few chains are longer.
+PASSES = 20
+PAIRS = 2**25  # compared at once: 128 MB for a number of each
+
+
+def nms_batch(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    """The boxes of each image that no kept one of its group and of higher score overlaps by more than `threshold`.
+
+    boxes [B, N, 4], scores [B, N], groups int64 [B, N], valid bool [B, N]: the others are no boxes
+    Returns indices int64 of each image by descending score, at most `most`.
+    """
+    together = boxes.device.type != "cpu" and boxes.shape[1] > 0
+    take = _batch_together if together else _one_by_one
+    return take(boxes, scores, groups, valid, threshold, most)
+
+
+def nms_levels(
+    boxes: Tensor, scores: Tensor, lengths: list[int], valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    """As `nms_batch`, of groups that follow one another, of `lengths` boxes each by descending score."""
+    if boxes.device.type != "cpu":
+        return _levels_together(boxes, scores, lengths, valid, threshold, most)
+    group = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return _one_by_one(boxes, scores, group.expand(scores.shape), valid, threshold, most)
+
+
+def _one_by_one(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    found = []
+    for b in range(len(boxes)):
+        there = valid[b].nonzero().squeeze(1)
+        found.append(there[nms(boxes[b, there], scores[b, there], groups[b, there], threshold)[:most]])
+    return found
+
+
+def _batch_together(
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    size = int(valid.sum(dim=1).amax())  # one wait: all N of a dense head would be millions of pairs
+    ranked = scores.where(valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :size]  # [B, n]
+    boxes = boxes.gather(1, ranked.unsqueeze(-1).expand(-1, -1, 4))
+    over = _suppressing(boxes, groups.gather(1, ranked), threshold)
+    keep, counts = _settle(over, valid.gather(1, ranked), len(boxes))
+    first = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices  # kept ones, still by score
+    kept = ranked.gather(1, first)
+    return [rows[: min(n, most)] for rows, n in zip(kept, counts, strict=True)]
+
+
+def _levels_together(
+    boxes: Tensor, scores: Tensor, lengths: list[int], valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    longest = max(lengths)
+
+    def stack(values: Tensor, fill: float) -> Tensor:
+        """[B, N, ...] -> [B, L, n, ...], shorter levels filled up."""
+        ends = [0, 0] * (values.dim() - 2)
+        parts = values.split(lengths, dim=1)
+        return torch.stack([F.pad(p, (*ends, 0, longest - p.shape[1]), value=fill) for p in parts], dim=1)
+
+    place = stack(torch.arange(boxes.shape[1], device=boxes.device).expand(scores.shape), 0).flatten(1)  # [B, L * n]
+    over = _suppressing(stack(boxes, 0.0).flatten(0, 1), None, threshold)  # [B * L, n, n]
+    keep, counts = _settle(over, stack(valid, False).flatten(0, 1), len(boxes))
+    score = stack(scores, -torch.inf).flatten(1).where(keep.view(len(boxes), -1), -torch.inf)
+    ranked = place.gather(1, score.sort(dim=1, descending=True, stable=True).indices)
+    return [rows[: min(n, most)] for rows, n in zip(ranked, counts, strict=True)]
+
+
+def _suppressing(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
+    """Whether box j comes before box i and overlaps it too much: boxes [G, n, 4], groups [G, n] -> bool
+    [G, n, n]."""
+    count, size = boxes.shape[:2]
+    before = torch.ones(size, size, dtype=torch.bool, device=boxes.device).tril(-1)
+    over = torch.empty(count, size, size, dtype=torch.bool, device=boxes.device)
+    step = max(1, PAIRS // max(1, size * size))
+    for rows in (slice(i, i + step) for i in range(0, count, step)):
+        over[rows] = (iou_matrix(boxes[rows], boxes[rows]) > threshold) & before
+        if groups is not None:
+            over[rows] &= groups[rows, :, None] == groups[rows, None]
+    return over
+
+
+def _settle(over: Tensor, valid: Tensor, images: int) -> tuple[Tensor, list[int]]:
+    """Which boxes the greedy choice keeps, bool [G, n], and how many of each image: one wait, where PASSES suffice."""
+    keep = valid
+    while True:
+        for _ in range(PASSES):
+            last, keep = keep, valid & ~(over & keep.unsqueeze(1)).any(dim=2)
+        counts = keep.view(images, -1).sum(dim=1)
+        *numbers, changed = torch.cat([counts, (keep != last).any().view(1)]).tolist()
+        if not changed:
+            return keep, numbers
