@@ -10,6 +10,9 @@ Deformable DETR ends before NMS and boxes in pixels, so ours has no peer here.
 The weights are random but telling (tests/detectors/torchvision_peers.py): with fresh ones no score passes the threshold
 and there is nothing to sort or suppress. How many pass is printed; `--shift`, added to the class logits, changes it.
 
+--beside FILE.onnx times other programs' files of one image input in the same rounds, such as ultralytics'
+`YOLO("yolo11x.yaml").export(format="onnx", imgsz=320, nms=True)`, which is no dependency of anything here.
+
 All alternate in one process; the figure is process CPU time, the median over the rounds.
 """
 
@@ -36,6 +39,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torchvision
+from common import Row, common_options, save
 from torch import Tensor, nn
 from torchvision_peers import FIRST_LABEL, copy_weights, peer_of
 
@@ -48,6 +52,7 @@ from ssod.detectors.base import Detector
 
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
 NUM_CLASSES = 80
+GOAL = 0.667  # 1.5 times as fast
 CONF, MAX_DET = 0.05, 100
 IOU = {"fcos": 0.6, "retinanet": 0.5, "faster_rcnn": 0.5, "deformable_detr": 0.5}  # torchvision's
 BACKGROUND = {"faster_rcnn": 1}  # rows of the class bias that are none of a class, in front
@@ -68,8 +73,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shift", type=float, default=-1.0, help="added to the class logits")
+    parser.add_argument("--beside", nargs="*", default=[], type=Path, help="ONNX files of other programs")
     parser.add_argument("--nodes", type=int, default=0, help="also tell the kinds of node that cost most, so many")
+    common_options(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.rounds = 64, 1
     torch.set_num_threads(1)
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, onnxruntime {onnxruntime.__version__}, "
@@ -77,10 +86,11 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}; ResNet-50, {args.size} px, batch 1, {NUM_CLASSES} classes, logits "
         f"{args.shift:+g}, medians of {args.rounds} rounds"
     )
-    lines = []
+    lines, others, rows = [], [], []
     for name in args.detectors:
         with tempfile.TemporaryDirectory() as folder:
             sides, passing = make_sides(name, args.size, args.shift, Path(folder))
+            sides |= {file.stem: other_file(file, args.size) for file in args.beside}
             counts = {who: side.find() for who, side in sides.items()}
             times = alternate(sides, args.rounds)
             print(
@@ -92,15 +102,33 @@ def main() -> None:
                 if args.nodes and side.file and side.feed:
                     print(f"  {who}: {costly(side.file, side.feed, args.rounds, args.nodes)}")
         lines.append(row(name, times))
-    print("\n| | ours, eager | ours, ONNX | torchvision's, ONNX | eager / ONNX | torchvision's / ours |")
-    print("|---|---|---|---|---|---|\n" + "\n".join(lines))
+        rows += table_rows(name, times)
+        others += [f"{name} / {file.stem}: {times['ours'] / times[file.stem]:.2f}" for file in args.beside]
+    print(
+        "\n| | ours, eager | ours, ONNX | torchvision's, eager | torchvision's, ONNX | ours: eager / ONNX | "
+        "their eager / our ONNX | their ONNX / our ONNX |"
+    )
+    print("|---|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+    save(rows, args.json)
+    print("\n".join(others))
     print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 
 def row(name: str, times: dict[str, float]) -> str:
-    eager, mine, theirs = times["eager"], times["ours"], times.get("theirs")
-    shown = ("-", "-") if theirs is None else (f"{theirs:.0f}", f"{theirs / mine:.2f}")
-    return f"| {name} | {eager:.0f} | {mine:.0f} | {shown[0]} | {eager / mine:.2f} | {shown[1]} |"
+    eager, mine, peer = times["eager"], times["ours"], [times.get("theirs, eager"), times.get("theirs")]
+    shown = ["-" if t is None else f"{t:.0f}" for t in peer]
+    ratios = ["-" if t is None else f"{t / mine:.2f}" for t in peer]
+    cells = [f"{eager:.0f}", f"{mine:.0f}", *shown, f"{eager / mine:.2f}", *ratios]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def table_rows(name: str, times: dict[str, float]) -> list[Row]:
+    mine, eager = times["ours"], times.get("theirs, eager")
+    rows = [Row(f"{name} in onnxruntime / our eager", mine, times["eager"])]
+    if eager is not None:
+        rows.append(Row(f"{name} in onnxruntime / torchvision's eager", mine, eager, GOAL))
+        rows.append(Row(f"{name} in onnxruntime / torchvision's there", mine, times["theirs"]))
+    return rows
 
 
 def make_sides(name: str, size: int, shift: float, folder: Path) -> tuple[dict[str, Side], int]:
@@ -131,8 +159,14 @@ def make_sides(name: str, size: int, shift: float, folder: Path) -> tuple[dict[s
             torch.onnx.export(peer, ([image[0]],), str(file), opset_version=18, dynamo=False)
         session = open_session(file)
         feed = {session.get_inputs()[0].name: pixels[0]}
+        sides["theirs, eager"] = Side(lambda: eager(peer, image[0]))
         sides["theirs"] = Side(lambda: len(session.run(None, feed)[0]), file, feed)
     return sides, passing
+
+
+@torch.no_grad()
+def eager(peer: nn.Module, image: Tensor) -> int:
+    return len(peer([image])[0]["scores"])
 
 
 def shift_classes(peer: nn.Module, name: str, shift: float) -> None:
@@ -167,6 +201,12 @@ def card(name: str, detector: Detector, size: int) -> Card:
         opset=18,
         versions={"ssod": __version__},
     )
+
+
+def other_file(file: Path, size: int) -> Side:
+    session = open_session(file)
+    feed = {session.get_inputs()[0].name: torch.rand(1, 3, size, size).numpy()}
+    return Side(lambda: len(session.run(None, feed)[0]), file, feed)
 
 
 def open_session(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
