@@ -34,12 +34,8 @@ test-slim: $(READY)  ## exported models in an environment without torch, by the 
 test-docker: $(READY)  ## the commands of docker/Dockerfile without Docker: gigabytes of packages
 	$(BIN)/python -m pytest -m slow tests/test_docker.py
 
-bench: $(READY)  ## speed against peers, as ratios
-	$(BIN)/python tests/bench/bench_loader.py
-	$(BIN)/python tests/bench/bench_step.py
-	$(BIN)/python tests/bench/bench_index.py
-	$(BIN)/python tests/bench/bench_deform_attn.py
-	$(BIN)/python tests/bench/bench_export.py
+bench: $(READY)  ## speed against peers, one table of ratios, kept in runs/bench; an idle machine, about an hour
+	$(BIN)/python tests/bench/bench.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -29,11 +29,12 @@ class Averages:
 
     def read(self) -> dict[str, float]:
         """The means so far, in one transfer; starts anew."""
-        names = list(self._sums)
-        values = [torch.as_tensor(self._sums[n], dtype=torch.float32) for n in names]
-        device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
-        means = torch.stack([v.to(device) for v in values]).tolist() if values else []
-        out = {n: m / self._counts[n] for n, m in zip(names, means, strict=True)}
+        values = {n: torch.as_tensor(v, dtype=torch.float32) for n, v in self._sums.items()}
+        sums: dict[str, float] = {}
+        for device in {v.device for v in values.values()}:  # numbers of the host do not travel to the device and back
+            own = {n: v for n, v in values.items() if v.device == device}
+            sums.update(zip(own, torch.stack(list(own.values())).tolist(), strict=True))
+        out = {n: sums[n] / self._counts[n] for n in values}
         self._sums.clear()
         self._counts.clear()
         return out

@@ -22,6 +22,7 @@ from statistics import median
 
 import torch
 import transformers
+from common import Row, common_options, save
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
@@ -31,7 +32,7 @@ SHAPES = [(80, 80), (40, 40), (20, 20), (10, 10)]
 CELLS = sum(h * w for h, w in SHAPES)
 HEADS, DIM, POINTS = 8, 32, 4
 PLACES = {"encoder": CELLS, "decoder": 300}
-THEIRS = "transformers"
+THEIRS, FASTEST = "transformers", "bags"
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -99,7 +100,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", nargs=2, metavar=("FORM", "PLACE"), help="print one figure of memory and end")
+    common_options(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.batch, args.rounds = 1, 1
     torch.set_num_threads(1)
     if args.peak:
         print(peak(args.peak[0], make_inputs(args.batch, PLACES[args.peak[1]], near=True)))
@@ -112,17 +116,22 @@ def main() -> None:
     )
     print(f"{'':26} {'forward ms':>11} {'ratio':>6} {'and backward':>13} {'ratio':>6} {'peak MB':>8} {'ratio':>6}")
     names = [THEIRS, *args.forms]
+    rows = []
     for place, queries in PLACES.items():
         command = [sys.executable, __file__, "--batch", str(args.batch), "--peak"]
         memory = {n: float(subprocess.check_output([*command, n, place], text=True)) for n in names}
         for near in (True, False):
             t = alternate({n: form(n) for n in names}, make_inputs(args.batch, queries, near), args.rounds)
+            if near and FASTEST in t:
+                mine, theirs = (t[n][1] for n in (FASTEST, THEIRS))
+                rows.append(Row(f"attention in the {place}, both passes / transformers", mine, theirs))
             for name, (forward, both) in t.items():
                 print(
                     f"{place} {'near' if near else 'far':4} {name:13} "
                     f"{forward:11.1f} {forward / t[THEIRS][0]:6.3f} {both:13.1f} {both / t[THEIRS][1]:6.3f} "
                     f"{memory[name]:8.0f} {memory[name] / memory[THEIRS]:6.2f}"
                 )
+    save(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
+from common import Row, common_options, save
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,10 @@ def main() -> None:
     options.add_argument("--boxes", type=int, default=860_001)
     options.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options.add_argument("--yaml", help=argparse.SUPPRESS)
+    common_options(options)
     given = options.parse_args()
+    if given.quick:
+        given.images, given.boxes = 60, 400
     if given.part:
         print(json.dumps(PARTS[given.part](given.yaml)))
         return
@@ -160,13 +164,20 @@ def main() -> None:
         size = (yaml.parent / "annotations" / "instances_train.json").stat().st_size
         print(f"{given.images} images, {given.boxes} boxes, {size / 1e6:.0f} MB of JSON (memory: above the imports)")
         cache = Path(folder) / "cache"
+        found = {}
         for what, part in (("first", "ours"), ("cached", "ours"), ("pycocotools", "pycocotools")):
-            print(f"{what:<12}" + ", ".join(f"{v:.2f} {k}" for k, v in in_process(part, yaml, cache).items()))
+            found[what] = in_process(part, yaml, cache)
+            print(f"{what:<12}" + ", ".join(f"{v:.2f} {k}" for k, v in found[what].items()))
         kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
         print(f"cache file  {kept / 1e6:.0f} MB")
         print("a worker's own memory")
         for what, value in in_process("workers", yaml, cache).items():
             print(f"  {what:<40}{value:8.1f}")
+    save([row(what, kind, found) for what in ("first", "cached") for kind in ("CPU seconds", "MB")], given.json)
+
+
+def row(what: str, kind: str, found: dict[str, dict[str, float]]) -> Row:
+    return Row(f"index, {what} / pycocotools", found[what][kind], found["pycocotools"][kind], unit=kind)
 
 
 if __name__ == "__main__":

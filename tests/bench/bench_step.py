@@ -24,6 +24,7 @@ from statistics import median
 import timm
 import torch
 import torchvision
+from common import Row, common_options, save
 from peers import DETECTORS, OUR_MODES, THEIR_MODES, Step, make_step
 
 Key = tuple[str, str]  # (who, mode)
@@ -38,7 +39,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also with the backbone compiled, on both sides")
     parser.add_argument("--memory-of", nargs=3, metavar=("DETECTOR", "WHO", "MODE"), help="print bytes and leave")
+    common_options(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.batch, args.rounds = 64, 1, 1
     torch.set_num_threads(1)
     if args.memory_of:
         print(json.dumps(peak_memory(*args.memory_of, args)))
@@ -53,7 +57,7 @@ def main() -> None:
         f"1 thread, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}; "
         f"ResNet-50, {args.size} px, batch {args.batch}, medians of {args.rounds} rounds"
     )
-    rows = []
+    rows, lines = [], []
     for name in args.detectors:
         times = alternate({key: make_step(name, *key, args.size, args.batch, args.device) for key in modes}, args)
         memory = {key: memory_in_fresh_process(name, *key, args) for key in modes}
@@ -63,9 +67,23 @@ def main() -> None:
         best = {who: min((k for k in modes if k[0] == who), key=times.__getitem__) for who in ("theirs", "ours")}
         a, b = best["ours"], best["theirs"]
         rows.append((name, a[1], b[1], times[a] / times[b], memory[a] / memory[b]))
+        lines += table_rows(name, times, memory, a, b)
     print("\n| | ours | theirs | time | peak memory |\n|---|---|---|---|---|")
     for name, mine, other, ratio, space in rows:
         print(f"| {name} | {mine} | {other} | {ratio:.2f} | {space:.2f} |")
+    save(lines, args.json)
+
+
+def table_rows(name: str, times: dict[Key, float], memory: dict[Key, float], mine: Key, other: Key) -> list[Row]:
+    """Of one detector, mine and other the fastest mode of each side: the goals are those of a CPU."""
+    theirs, peer = times["theirs", "fp32"], "transformers" if name == "deformable_detr" else "torchvision"
+    fp32, half = (0.7, None) if name == "deformable_detr" else (0.9, 0.55)
+    return [
+        Row(f"step of {name}, fp32 / {peer}", times["ours", "fp32"], theirs, fp32),
+        Row(f"step of {name}, bf16 / {peer} fp32", times["ours", "bf16"], theirs, half),
+        Row(f"step of {name}, fastest / {peer}, fastest", times[mine], times[other]),
+        Row(f"memory of {name}, fastest / {peer}, fastest", memory[mine] / 1e9, memory[other] / 1e9, 0.9, unit="GB"),
+    ]
 
 
 def alternate(steps: dict[Key, Step], args: argparse.Namespace) -> dict[Key, float]:

@@ -36,6 +36,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from bench_step import alternate, status
+from common import Row, common_options, save
+from peers import DETECTORS
 from study_grid import read_grid
 from torch import Tensor
 
@@ -51,6 +53,7 @@ from ssod.strategies import build_strategy, strategy_class
 from ssod.strategies.base import Plan, Strategy
 from ssod.structures import Instances, SemiBatch, View
 
+GOAL = 1.08  # times the floor
 GRID = Path(__file__).parent / "grids" / "bccd10.yaml"
 STEP = 5000  # far behind burn-in and ramps
 FIT_LR = 5e-4
@@ -68,9 +71,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fit", type=int, default=60, help="steps of fitting each detector to the pictures")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--detector", choices=DETECTORS, help="this one, by its defaults, in place of the grid's")
+    parser.add_argument("--backbone", help="in place of the grid's")
+    common_options(parser)
     parser.add_argument("--memory-of", nargs=2, metavar=("ARM", "STATE"), help="print bytes and leave")
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.rounds, args.fit = 64, 1, 1
     torch.set_num_threads(1)
     grid = read_grid(args.grid, {})
     values, control = grid.arms, grid.control
@@ -99,14 +106,15 @@ def main() -> None:
         memory = {arm: memory_in_fresh_process(arm, states[detector_key(c)], args) for arm, c in configs.items()}
         boxes = {arm: pseudo_boxes(strategies[arm], configs[arm], args) for arm in arms}
 
-    report = {}
+    rows = []
     print("| arm | ms | / control | floor, ms | / floor | pseudo boxes an image | peak GB | / control |")
     print("|---|---|---|---|---|---|---|---|")
     for arm, config in configs.items():
         taken = times[arm, "step"]
         own = {p: times[detector_key(config), p] for p in parts_of(strategies[arm], config)}
         floor = sum(own.values())
-        report[arm] = {"ms": taken, "floor": floor, "parts": own, "bytes": memory[arm], "boxes": boxes[arm]}
+        if arm != control:
+            rows.append(Row(f"{arm} on {config.detector.name} / its floor", taken, floor, GOAL))
         print(
             f"| {arm} | {taken:.0f} | {taken / times[control, 'step']:.2f} | {floor:.0f} | {taken / floor:.2f} | "
             f"{'-' if boxes[arm] is None else f'{boxes[arm]:.1f}'} | {memory[arm] / 1e9:.2f} | "
@@ -117,8 +125,7 @@ def main() -> None:
         arms_of = ", ".join(arm for arm, config in configs.items() if detector_key(config) == key)
         cells = (f"{times[key, p]:.0f}" if (key, p) in times else "-" for p in PARTS)
         print(f"| {arms_of} | " + " | ".join(cells) + " |")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+    save(rows, args.json)
 
 
 def print_head(config: TrainConfig, args: argparse.Namespace) -> None:
@@ -135,12 +142,17 @@ def config_of(values: Mapping[str, Any], args: argparse.Namespace) -> TrainConfi
     given: dict[str, Any] = {"weights": args.weights, "frozen_norm": True}
     if args.size:
         given["imgsz"] = args.size
+    if args.backbone:
+        given["backbone"] = args.backbone
+    if args.detector:
+        half = values["detector"].get("half_scale", False)
+        given["detector"] = {"name": args.detector} | ({"half_scale": True} if half else {})
     config: TrainConfig = validate(TrainConfig, {**values, **given}, "")
     return config
 
 
 def detector_key(config: TrainConfig) -> str:
-    return ", ".join(f"{k}={v}" for k, v in config.detector.options.items())
+    return ", ".join([config.detector.name, *(f"{k}={v}" for k, v in config.detector.options.items())])
 
 
 def parts_of(strategy: Strategy, config: TrainConfig) -> tuple[str, ...]:
@@ -305,8 +317,9 @@ def pseudo_boxes(strategy: Strategy, config: TrainConfig, args: argparse.Namespa
 def memory_in_fresh_process(arm: str, state: Path, args: argparse.Namespace) -> float:
     words = [sys.executable, __file__, "--memory-of", arm, str(state), "--grid", str(args.grid)]
     words += ["--classes", str(args.classes), "--device", args.device]
-    words += ["--size", str(args.size)] if args.size else []
-    words += ["--weights", args.weights] if args.weights else []
+    for option in ("size", "weights", "detector", "backbone"):
+        value = getattr(args, option)
+        words += [f"--{option}", str(value)] if value else []
     found: float = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
     return found
 

@@ -1,0 +1,57 @@
+"""The teacher's moving average of a Faster R-CNN with ResNet-50, against the usual loop over state dicts and against a
+step of training.
+
+    python tests/bench/bench_ema.py [--rounds 15] [--size 640]
+
+Both sides update the same number of tensors of the same networks, parameters and buffers. The step is the supervised
+one, forward, loss and backward, of two images, in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from common import Row, alternate, arguments, finish, head
+from peers import make_step, ours
+from torch import nn
+
+from ssod.nn.ema import Ema, frozen_copy
+
+DECAY = 0.999
+
+
+@torch.no_grad()
+def naive(teacher: nn.Module, student: nn.Module) -> None:
+    """As in most published code."""
+    own = student.state_dict()
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            value.mul_(DECAY).add_(own[name], alpha=1 - DECAY)
+        else:
+            value.copy_(own[name])
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=15)
+    parser.add_argument("--size", type=int, default=640)
+    args = parser.parse_args()
+    if args.quick:
+        args.size = 64
+    head(args, "torchvision", what=f"Faster R-CNN on ResNet-50, {args.size} px, batch 2")
+    torch.manual_seed(0)
+    student = ours("faster_rcnn")
+    teacher, other = frozen_copy(student), copy.deepcopy(student)
+    ema = Ema(teacher, student)
+    times = alternate({"ours": lambda: ema.update(DECAY), "naive": lambda: naive(other, student)}, args)
+    args.rounds = min(args.rounds, 3)
+    step = alternate({"step": make_step("faster_rcnn", "ours", "fp32", args.size, 2)}, args)["step"]
+    rows = [
+        Row("moving average / loop over state dicts", times["ours"], times["naive"], 0.55),
+        Row("moving average / supervised step", times["ours"], step, 0.01),
+    ]
+    finish(rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""How often a training step makes a GPU wait: no more than this, whatever the number of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from syncs import CUDA, PAIRS, OnDevice, Syncs, step_counts
+
+# One of each is whether the gradients are finite. The goal is 15; Soft Teacher assigns twice and asks its teacher more.
+LIMITS = {
+    ("fcos", "supervised"): 2,
+    ("fcos", "mean_teacher"): 7,
+    ("fcos", "unbiased_teacher"): 6,
+    ("retinanet", "supervised"): 2,
+    ("retinanet", "mean_teacher"): 7,
+    ("retinanet", "unbiased_teacher"): 6,
+    ("faster_rcnn", "supervised"): 4,
+    ("faster_rcnn", "mean_teacher"): 13,
+    ("faster_rcnn", "unbiased_teacher"): 12,
+    ("faster_rcnn", "soft_teacher"): 19,
+    ("deformable_detr", "supervised"): 3,
+    ("deformable_detr", "mean_teacher"): 8,
+    ("deformable_detr", "unbiased_teacher"): 7,
+}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+@pytest.mark.parametrize(("detector", "strategy"), PAIRS)
+def test_a_step_waits_no_more_often(detector: str, strategy: str, shapes_data: Path, tmp_path: Path) -> None:
+    step, line = step_counts(detector, strategy, shapes_data, tmp_path, images=3)
+    assert step.total() <= LIMITS[detector, strategy], step.most_common()
+    assert line.total() == 1  # all numbers of the log in one transfer
+
+
+def test_what_waits_is_counted_and_what_does_not_is_not() -> None:
+    with Syncs() as syncs:
+        x = torch.arange(6, device=CUDA).float()
+        y = (x * 2 + 1).where(x > 2, 0.0).topk(3).values
+        y = y + torch.tensor([1.0, 2, 3]).to(CUDA, non_blocking=True)
+        x[x > 2] = 0.0
+    assert syncs.found.total() == 0
+    assert isinstance(y, OnDevice)
+    assert y.inner.tolist() == [12.0, 11.0, 10.0]
+
+    for work in (
+        lambda: y[y > 11],
+        lambda: y.nonzero(),
+        lambda: y[0].item(),
+        lambda: bool(y.sum() > 0),
+        lambda: y.tolist(),
+        lambda: y.cpu(),
+        lambda: torch.tensor([1, 2], device=CUDA),
+        lambda: torch.ones(3).to(CUDA),
+        lambda: y[[0, 1]],
+        lambda: x.masked_select(x > 1),
+        lambda: x.repeat_interleave(torch.arange(6, device=CUDA)),
+    ):
+        with Syncs() as syncs:
+            work()
+        assert syncs.found.total() == 1, syncs.found
+
+
+def test_a_tensor_on_the_host_does_not_meet_one_on_the_device() -> None:
+    with Syncs(), pytest.raises(RuntimeError, match="on the host"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
+
+
+def test_gradients_go_through() -> None:
+    with Syncs() as syncs, torch.autograd.set_multithreading_enabled(False):
+        w = torch.nn.Parameter(torch.ones(3, device=CUDA))
+        (w * torch.arange(3, device=CUDA)).square().sum().backward()
+    assert syncs.found.total() == 0
+    assert isinstance(w.grad, OnDevice)
+    assert w.grad.inner.tolist() == [0.0, 2.0, 8.0]
