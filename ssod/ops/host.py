@@ -25,4 +25,7 @@ def owners(counts: Sequence[int], device: torch.device) -> Tensor:
 def true_rows(masks: Sequence[Tensor]) -> list[Tensor]:
     """Where each mask, bool [N] of its own N, is true: int64 [n] each, ascending. A GPU is waited for once for all."""
     counts = torch.stack([m.sum() for m in masks]).tolist()
-    return [torch.nonzero_static(m, size=n).squeeze(1) for m, n in zip(masks, counts, strict=True)]
+    return [
+        torch.nonzero_static(m, size=n).squeeze(1) if n else torch.zeros(0, dtype=torch.int64, device=m.device)
+        for m, n in zip(masks, counts, strict=True)
+    ]

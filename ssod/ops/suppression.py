@@ -18,6 +18,7 @@ from ssod.ops.boxes import iou_matrix, nms
 # Each pass settles boxes one link further down a chain of boxes that suppress one another; few chains are longer.
 PASSES = 20
 PAIRS = 2**25  # compared at once: 128 MB for a number of each
+LARGEST = 6000  # boxes of an image above their threshold, as of a network that knows nothing yet
 
 
 def nms_batch(
@@ -57,6 +58,8 @@ def _batch_together(
     boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int
 ) -> list[Tensor]:
     size = int(valid.sum(dim=1).amax())  # one wait: all N of a dense head would be millions of pairs
+    if size > LARGEST:
+        return _one_by_one(boxes, scores, groups, valid, threshold, most)
     ranked = scores.where(valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :size]  # [B, n]
     boxes = boxes.gather(1, ranked.unsqueeze(-1).expand(-1, -1, 4))
     over = _suppressing(boxes, groups.gather(1, ranked), threshold)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssod.ops import suppression
 from ssod.ops.suppression import _batch_together, _levels_together, _one_by_one, nms_batch, nms_levels
 
 
@@ -54,6 +55,14 @@ def test_a_chain_longer_than_the_passes_is_settled() -> None:
     everyone = torch.ones(1, count, dtype=torch.bool)
     (kept,) = _batch_together(boxes, scores, torch.zeros(1, count, dtype=torch.int64), everyone, 0.3, count)
     assert kept.tolist() == list(range(0, count, 2))
+
+
+def test_too_many_boxes_are_taken_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = scene(3, 2, 60)
+    expected = [t.tolist() for t in _batch_together(*given, 0.5, 60)]
+    monkeypatch.setattr(suppression, "LARGEST", 10)
+    monkeypatch.setattr(suppression, "_settle", None)  # not asked any more
+    assert [t.tolist() for t in _batch_together(*given, 0.5, 60)] == expected
 
 
 def test_no_box_at_all() -> None:
