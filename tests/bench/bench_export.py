@@ -78,7 +78,7 @@ def main() -> None:
     common_options(parser)
     args = parser.parse_args()
     if args.quick:
-        args.size, args.rounds = 64, 1
+        args.size, args.rounds, args.detectors = 64, 1, ["fcos", "deformable_detr"]
     torch.set_num_threads(1)
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, onnxruntime {onnxruntime.__version__}, "

@@ -42,13 +42,15 @@ def main() -> None:
     common_options(parser)
     args = parser.parse_args()
     if args.quick:
-        args.size, args.batch, args.rounds = 64, 1, 1
+        args.size, args.batch, args.rounds, args.detectors = 64, 1, 1, ["fcos", "deformable_detr"]
     torch.set_num_threads(1)
     if args.memory_of:
         print(json.dumps(peak_memory(*args.memory_of, args)))
         return
 
     modes: list[Key] = [*(("theirs", m) for m in THEIR_MODES), *(("ours", m) for m in OUR_MODES)]
+    if args.quick:
+        modes = [("theirs", "fp32"), ("ours", "fp32"), ("ours", "bf16")]
     if args.compile:
         modes += [("theirs", "bf16 channels_last compile"), ("ours", "bf16 compile")]
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
