@@ -115,6 +115,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def check_networks(content: dict[str, Any], path: str | Path) -> None:
+    """Raises CheckpointError where what describes the networks is not of the form at the top of this file."""
+    names, networks = content.get("names"), content.get("networks")
+    sound = {
+        "spec": isinstance(content.get("spec"), dict),
+        "names": isinstance(names, list) and all(isinstance(n, str) for n in names),
+        "imgsz": isinstance(content.get("imgsz"), int | list | tuple),
+        "use": isinstance(content.get("use"), str),
+        "metrics": isinstance(content.get("metrics"), dict),
+        "networks": isinstance(networks, dict)
+        and all(isinstance(n, dict) for n in networks.values())
+        and all(isinstance(v, torch.Tensor) for n in networks.values() for v in n.values()),
+    }
+    if wrong := [key for key, fine in sound.items() if not fine]:
+        raise CheckpointError(f"{path} was not written by ssod, or is damaged: its '{wrong[0]}' is not one.")
+
+
 def load_last_good(folder: Path, names: tuple[str, ...] = ("last.pt", "previous.pt")) -> tuple[dict[str, Any], str]:
     """The first of `names` in `folder` that verifies, and a sentence about those that did not ("" if none).
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ssod.errors import UserError
 
+T = TypeVar("T")
 KEY = "ssod"  # of the card in a file's metadata
 FORMAT = 1
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
@@ -33,6 +35,18 @@ class Outputs(NamedTuple):
 
 class ForeignModel(UserError):
     """A model file that was not exported by ssod."""
+
+
+def described(kind: type[T], values: Any, path: object) -> T:
+    """A dataclass from what a description holds. Raises ForeignModel, naming `path`, for values it cannot have."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise ForeignModel(
+            f"{path}: its description is not what ssod writes ({where}: {first['msg']}). Export it again."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,12 @@ class Card:
     weights: str
     imgsz: int | list[int]
     size: tuple[int, int] | None
-    multiple: int
+    multiple: Annotated[int, Field(gt=0)]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     conf: float
     iou: float
-    max_det: int
+    max_det: Annotated[int, Field(gt=0)]
     target: str
     precision: str
     inputs: tuple[str, ...]
@@ -92,5 +106,4 @@ class Card:
                 f"{path} has description format {found}; this version of ssod reads format {FORMAT}. Export it again."
             )
         known = {f.name for f in fields(Card)}
-        tuples = {k: tuple(values[k]) for k in ("size", "mean", "std", "inputs") if values.get(k) is not None}
-        return Card(**{k: v for k, v in (values | tuples).items() if k in known})
+        return described(Card, {k: v for k, v in values.items() if k in known}, path)

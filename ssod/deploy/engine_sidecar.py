@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ssod.deploy.contract import Card, ForeignModel
+from ssod.deploy.contract import Card, ForeignModel, described
 from ssod.errors import UserError
 
 FORMAT = 1
 Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,7 @@ class Sidecar:
             raise ForeignModel(
                 f"{path} has format {found}; this version of ssod reads format {FORMAT}. Export it again."
             )
-        profile = {
-            name: (tuple(least), tuple(usual), tuple(largest))
-            for name, (least, usual, largest) in values["profile"].items()
-        }
-        return Sidecar(**{**values, "card": Card.loads(values["card"], path), "profile": profile})
+        return described(Sidecar, values | {"card": Card.loads(values.get("card"), path)}, path)
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -74,7 +69,7 @@ def read_engine(path: Path) -> tuple[bytes, Sidecar]:
             f"{path}: {beside.name} is not beside it, so nothing is known of this engine. Copy it from where the "
             "engine was built, or export the engine with `ssod export model=best.pt format=engine`."
         )
-    sidecar = Sidecar.loads(beside.read_text(encoding="utf-8"), beside)
+    sidecar = Sidecar.loads(beside.read_text(encoding="utf-8", errors="replace"), beside)
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != sidecar.plan_sha256:
         raise UserError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from ssod import dist
@@ -175,9 +176,13 @@ def _done(out: Path, settings: dict[str, Any]) -> Labeled | None:
     file = out / "label.json"
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    _refuse_other(content["settings"], settings, out)
-    return Labeled(out, Counts(**content["counts"]), out / "data.yaml", before=True)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        before, counts = dict(content["settings"]), TypeAdapter(Counts).validate_python(content["counts"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{file} is damaged or not by `ssod label`; remove it to label anew.") from None
+    _refuse_other(before, settings, out)
+    return Labeled(out, counts, out / "data.yaml", before=True)
 
 
 def _plan(config: LabelConfig, out: Path, settings: dict[str, Any]) -> Plan | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from ssod.config import find_yaml
 from ssod.data.annotations.formats import read_split
@@ -109,14 +110,16 @@ def make_plan(source: str | list[str], folder: Path, settings: Mapping[str, Any]
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan in a folder, or None where there is none yet."""
+    """The plan in a folder, or None where there is none yet. Raises UserError for one that is damaged."""
     try:
         content = json.loads((folder / "plan.json").read_bytes())
+        return TypeAdapter(Plan).validate_python({**content, "folder": folder})
     except FileNotFoundError:
         return None
-    return Plan(
-        folder, content["settings"], Path(content["base"]), *(content[k] for k in ("starts", "images", "left_out"))
-    )
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(
+            f"{folder / 'plan.json'} is damaged or not by `ssod label`; remove {folder} to start anew."
+        ) from None
 
 
 def _images(source: str | list[str]) -> tuple[Iterator[Path], str | None, list[str]]:

@@ -37,15 +37,22 @@ def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, di
     weights: "student", "teacher" or "auto" (the one that scored better, as the checkpoint says).
     Raises CheckpointError for an unusable file, UserError when it holds no such network.
     """
-    from ssod.checkpoint import load_checkpoint
+    from ssod.checkpoint import CheckpointError, check_networks, load_checkpoint
     from ssod.detectors import build_detector
 
     content = load_checkpoint(path)
+    check_networks(content, path)
     use = content["use"] if weights == "auto" else weights
     if use not in content["networks"]:
         raise UserError(f"{path} holds no {use}, only {', '.join(content['networks'])}. Leave out weights={weights}.")
-    detector = build_detector(**content["spec"])
-    detector.load_state_dict(content["networks"][use])
+    try:
+        detector = build_detector(**content["spec"])
+        detector.load_state_dict(content["networks"][use])
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds no network that this version of ssod can build: {said}") from None
     return detector.eval(), content
 
 

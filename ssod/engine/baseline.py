@@ -12,7 +12,6 @@ trained from its first step.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from ssod.engine.watch.observers import Observer
 from ssod.files import replacing
 from ssod.modes import TrainConfig
 from ssod.report.compare_runs import Comparison, compare_runs
-from ssod.report.table import Table
+from ssod.report.table import Table, read_rows
 from ssod.strategies.base import Plan, Strategy
 from ssod.strategies.teacher_student import TeacherStudent
 from ssod.structures import SemiBatch
@@ -110,11 +109,11 @@ def begin_at_burn_in(trainer: SemiTrainer, folder: Path) -> None:
 
 
 def _copy_rows(source: Path, target: Path, until_step: int) -> None:
-    with open(source, newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r.get("step") and int(r["step"]) <= until_step]
+    rows, _ = read_rows(source)
     table = Table(target)
     for row in rows:
-        table.add({k: v for k, v in row.items() if v})
+        if int(row["step"]) <= until_step:
+            table.add({k: v for k, v in row.items() if v})
 
 
 class Control(SemiTrainer):

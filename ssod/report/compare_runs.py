@@ -10,6 +10,8 @@ from typing import Any
 
 from ssod.config import read_yaml
 from ssod.errors import UserError
+from ssod.report.run import named
+from ssod.report.sound import Args, Summary, flaw
 
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Figures = dict[str, float | None]  # 0..1, or a difference of such; None where no box of that kind exists
@@ -111,6 +113,10 @@ def read_run(folder: Path) -> Run:
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         settings = read_yaml(folder / "args.yaml")
+        if wrong := flaw(Args, settings):
+            raise UserError(f"{folder / 'args.yaml'} is not what a training run writes: {wrong}.")
+        if flaw(Summary, metrics) is not None:
+            raise TypeError
         history, best = metrics["history"], metrics["best"]
         at_best = next(h for h in history if h["step"] == best["step"])
         final, chosen = history[-1][best["use"]], at_best[best["use"]]
@@ -123,7 +129,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder} is no finished training run: {what}. Give a folder such as runs/train/exp."
         ) from None
-    except (KeyError, StopIteration, IndexError, TypeError, ValueError) as error:
+    except (KeyError, StopIteration, IndexError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -131,7 +137,7 @@ def read_run(folder: Path) -> Run:
         ) from None
     return Run(
         folder,
-        settings.get("strategy", {}).get("name", "?"),
+        named(settings.get("strategy", "?")),
         counts["steps"],
         best["use"],
         {key: final.get(key) for key in SHOWN},

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from ssod.report.charts import hue
 from ssod.report.pictures import Picture, embed_file, rectangle
+from ssod.report.sound import Record, flaw
 
 FRAMES = 24  # recorded steps in a page, at most
 IMAGES = 16
@@ -96,12 +97,20 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for path in sorted(folder.glob("step*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            int(record["info"]["step"]), record["images"], record["categories"], record["annotations"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError):
+            record = None
+        if flaw(Record, record) is not None or not _fits(record):
             left_out.append(path.name)
-            continue
-        out.append(record)
+        else:
+            out.append(record)
     return sorted(out, key=lambda r: int(r["info"]["step"])), left_out
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether every box is of a class and an image that the record has, once each."""
+    classes, images = ([entry["id"] for entry in record[k]] for k in ("categories", "images"))
+    once = len(set(classes)) == len(classes) > 0 and len(set(images)) == len(images)
+    return once and all(a["category_id"] in classes and a["image_id"] in images for a in record["annotations"])
 
 
 def _count(record: dict[str, Any]) -> tuple[int, int]:

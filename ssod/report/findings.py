@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ssod.files import replacing
+from ssod.report.sound import Seen, flaw
 
 FILE = "val_detections.json"  # in the run folder
 IOU = 0.5
@@ -58,10 +59,25 @@ class Findings:
         """What `save` wrote; None where there is nothing, or nothing whole."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            tables = [np.asarray(content[k], np.float64).reshape(-1, 7) for k in ("truth", "found")]
-            return cls(content["about"], content["images"], content["names"], *tables)
-        except (OSError, ValueError, KeyError):
+            if flaw(Seen, content) is not None:
+                return None
+            found = cls(*(content[k] for k in ("about", "images", "names")), *(_table(content, k) for k in TABLES))
+        except (OSError, ValueError, RecursionError):
             return None
+        return found if all(_inside(found, table) for table in (found.truth, found.found)) else None
+
+
+TABLES = ("truth", "found")
+
+
+def _table(content: dict[str, Any], key: str) -> np.ndarray:
+    return np.asarray(content[key], np.float64).reshape(-1, 7)
+
+
+def _inside(found: Findings, table: np.ndarray) -> bool:
+    """Whether its images and classes are among those there are."""
+    index, label = table[:, 0], table[:, 5]
+    return bool(((index >= 0) & (index < len(found.images)) & (label >= 0) & (label < len(found.names))).all())
 
 
 def _plain(table: np.ndarray, digits: int) -> list[list[float]]:

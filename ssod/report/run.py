@@ -5,7 +5,6 @@ Nothing is written, so a run may be looked at while it trains.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 
 from ssod.config import load_config, read_yaml
 from ssod.errors import UserError
+from ssod.report.sound import Alarm, Args, AuditLine, Baseline, Form, Summary, flaw
+from ssod.report.table import read_rows
 
 NETWORKS = ("student", "teacher")  # of each validation; strategies may add others, such as an ensemble
 
@@ -135,14 +136,17 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder} is no folder of a training run: it has no args.yaml. Give one such as runs/train/exp."
         )
-    run = Run(folder, read_yaml(folder / "args.yaml"))
+    defaults = load_config("train")
+    run = Run(folder, {"data": defaults.data, "labeled": defaults.labeled} | read_yaml(folder / "args.yaml"))
+    if wrong := flaw(Args, run.args):
+        raise UserError(f"{folder / 'args.yaml'} is not what a training run writes: {wrong}.")
     if (folder / "env.txt").is_file():
         run.env = (folder / "env.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     run.rows = _rows(folder / "results.csv", run.damaged)
-    run.summary = _mapping(folder / "metrics.json", run.damaged) or {}
-    run.baseline = _mapping(folder / "baseline.json", run.damaged)
-    run.diagnosis = _lines(folder / "diagnosis.jsonl", run.damaged)
-    run.audit = _lines(folder / "audit.jsonl", run.damaged)
+    run.summary = _mapping(folder / "metrics.json", Summary, run.damaged) or {}
+    run.baseline = _mapping(folder / "baseline.json", Baseline, run.damaged)
+    run.diagnosis = _lines(folder / "diagnosis.jsonl", Alarm, run.damaged)
+    run.audit = _lines(folder / "audit.jsonl", AuditLine, run.damaged)
     run.history = run.summary.get("history") or _history(run.rows)
     return run
 
@@ -150,29 +154,27 @@ def read_run(folder: Path) -> Run:
 def _rows(path: Path, damaged: list[str]) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    good = [r for r in rows if (r.get("step") or "").isdigit() and None not in r]
-    if len(good) < len(rows):
-        damaged.append(f"{path.name}: {len(rows) - len(good)} lines are not whole and were left out.")
+    good, bad = read_rows(path)
+    if bad:
+        damaged.append(f"{path.name}: {bad} lines are not whole and were left out.")
     return good
 
 
-def _mapping(path: Path, damaged: list[str]) -> dict[str, Any] | None:
+def _mapping(path: Path, form: type[Form], damaged: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         damaged.append(f"{path.name} is not whole JSON and was left out: {error}.")
         return None
-    if not isinstance(content, dict):
-        damaged.append(f"{path.name} holds no mapping and was left out.")
+    if wrong := flaw(form, content):
+        damaged.append(f"{path.name} is not what a run writes and was left out: {wrong}.")
         return None
     return content
 
 
-def _lines(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, form: type[Form], damaged: list[str]) -> list[dict[str, Any]]:
     """A JSON mapping a line; a line that is half written is left out and said."""
     out: list[dict[str, Any]] = []
     if not path.is_file():
@@ -181,9 +183,9 @@ def _lines(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = "bad"
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and flaw(form, entry) is None:
             out.append(entry)
         else:
             bad += entry is not None

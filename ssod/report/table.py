@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 from ssod.files import replacing
+
+_STEP = re.compile("[0-9]{1,12}")
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], int]:
+    """The lines of a results.csv that are whole: a step, and numbers or nothing; and how many are not."""
+    good: list[dict[str, str]] = []
+    bad = 0
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            for row in csv.DictReader(file):
+                if _is_whole(row):
+                    good.append(row)
+                else:
+                    bad += 1
+        except csv.Error:  # such as a NUL: what stands behind it cannot be told apart
+            bad += 1
+    return good, bad
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    if None in row or not _STEP.fullmatch(row.get("step") or ""):  # more cells than columns
+        return False
+    try:
+        return [float(v or 0) for v in row.values()] != []
+    except ValueError:
+        return False
 
 
 class Table:
@@ -20,8 +48,7 @@ class Table:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path.is_file():  # resumed: what came after the checkpoint happens again
-            with open(path, newline="") as file:
-                self.rows = [r for r in csv.DictReader(file) if r.get("step") and int(r["step"]) <= until_step]
+            self.rows = [r for r in read_rows(path)[0] if int(r["step"]) <= until_step]
         self.columns = list(dict.fromkeys(k for r in self.rows for k in r))
         self._rewrite()
 

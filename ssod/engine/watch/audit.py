@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from ssod.engine.watch.audit_metric import FOUND, figures, judge, suggested_thre
 from ssod.engine.watch.observers import Observer
 from ssod.files import replacing
 from ssod.nn.precision import autocast
+from ssod.report.sound import AuditLine, flaw
 from ssod.structures import Instances
 
 if TYPE_CHECKING:
@@ -85,9 +87,15 @@ class Audit(Observer):
 
 
 def read_audit(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder, oldest first; [] where it has none."""
-    file = folder / FILE
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    """The lines of a run folder, oldest first; [] where it has none. One that a killed run left half written is not
+    among them."""
+    file, out = folder / FILE, []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if flaw(AuditLine, entry) is None:
+                out.append(entry)
+    return out
 
 
 def labelled(trainer: SemiTrainer, by: Detector) -> Iterator[tuple[Sample, Instances]]:
