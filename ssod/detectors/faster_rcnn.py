@@ -6,7 +6,7 @@ M regions or sampled anchors of the whole batch, D numbers per box code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,7 +31,7 @@ from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_ma
 from ssod.ops.forms import graph_target
 from ssod.ops.host import owners, true_rows
 from ssod.ops.losses import weighted_sum
-from ssod.ops.roi import roi_features
+from ssod.ops.roi import roi_features, roi_strides
 from ssod.ops.suppression import nms_batch, nms_levels
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
 
@@ -123,7 +123,7 @@ class FasterRCNN(PyramidDetector):
             logits.append(per_anchor(self.rpn_logits(hidden), 1))
             codes.append(per_anchor(self.rpn_codes(hidden), self.codec.dim))
         anchors, spans = self._places(pyramid)
-        return DenseOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
+        return _RpnOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
 
     def loss(self, output: DenseOutput, targets: list[Instances], weigh: Weigh | None = None) -> dict[str, Tensor]:
         """Objectness and box loss of the RPN, class and box loss of the RoI head.
@@ -135,7 +135,7 @@ class FasterRCNN(PyramidDetector):
             padded = pad_targets(targets)
             anchors = self._sample_anchors(output, targets)
             regions = self._sample_regions(output, targets)
-            anchors.settle(regions)
+            anchors.settle(regions, list(self._roi_maps(output.pyramid)))
             return self._rpn_loss(output, anchors, padded, weigh) | self._roi_loss(output, regions, padded, weigh)
 
     def decode(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
@@ -225,6 +225,12 @@ class FasterRCNN(PyramidDetector):
 
     @torch.no_grad()
     def _propose(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
+        known = output.proposed if isinstance(output, _RpnOutput) else {}
+        if (pre_nms, post_nms) not in known:
+            known[pre_nms, post_nms] = self._find_proposals(output, pre_nms, post_nms)
+        return known[pre_nms, post_nms]
+
+    def _find_proposals(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
         scores = output.logits.squeeze(-1).float()  # [B, P]
         best, index = [], []
         for span in output.spans.values():
@@ -271,7 +277,9 @@ class FasterRCNN(PyramidDetector):
             boxes.append(regions[take[0]])
             matched.append(found[take[0]])
             use.append(used[0])
-        return _Samples(torch.cat(boxes), _image_of(boxes), torch.cat(matched), torch.cat(use))
+        every = torch.cat(boxes)
+        strides = roi_strides(every, list(self._roi_maps(output.pyramid)))
+        return _Samples(every, _image_of(boxes), torch.cat(matched), torch.cat(use), strides)
 
     def _rpn_loss(
         self, output: DenseOutput, samples: _Samples, padded: PaddedTargets, weigh: Weigh | None
@@ -297,7 +305,7 @@ class FasterRCNN(PyramidDetector):
         fg = samples.foreground
         candidates = self._candidates(samples.what, samples.image, samples.matched, padded, "roi")
         weights = candidate_weights(candidates, padded, weigh)
-        logits, codes = self._region_head(output.pyramid, samples.what, samples.image)
+        logits, codes = self._region_head(output.pyramid, samples.what, samples.image, samples.of_stride)
         cls = self._class_loss(logits, candidates.labels)
 
         boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]
@@ -331,12 +339,17 @@ class FasterRCNN(PyramidDetector):
         divisor = dist.shared(boxes.new_full((), len(boxes)))
         return Candidates(boxes, image, labels, matched, stage, divisor)
 
-    def _region_head(self, pyramid: Pyramid, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    def _roi_maps(self, pyramid: Pyramid) -> dict[int, Tensor]:
+        return {s: m for s, m in pyramid.maps.items() if s in self.strides[:-1]}  # the top level serves the RPN only
+
+    def _region_head(
+        self, pyramid: Pyramid, boxes: Tensor, image: Tensor, of_stride: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Boxes [M, 4] and the image of each, int64 [M] -> logits [M, K + 1] and codes [M, K, D] in float32
-        ([M, 1, D] if class-agnostic)."""
-        maps = {s: m for s, m in pyramid.maps.items() if s in self.strides[:-1]}  # the top level serves the RPN only
+        ([M, 1, D] if class-agnostic). of_stride: see `roi_features`."""
+        maps = self._roi_maps(pyramid)
         like = next(iter(maps.values()))
-        pooled = roi_features(maps, boxes, image, ROI_SIZE)  # [M, C, 7, 7]
+        pooled = roi_features(maps, boxes, image, ROI_SIZE, of_stride)  # [M, C, 7, 7]
         # The wide layers compute in the precision of the features, whatever the caller's autocast is by now.
         with torch.autocast(like.device.type, like.dtype, enabled=like.dtype != torch.float32):
             hidden = self.fc2(self._first(pooled).relu()).relu()
@@ -368,6 +381,18 @@ def _image_of(boxes: list[Tensor]) -> Tensor:
 
 
 @dataclass
+class _RpnOutput(DenseOutput):
+    """proposed: what was proposed by it, by the limits asked for: strategies ask the same output more than once."""
+
+    proposed: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def part(self, rows: slice) -> DenseOutput:
+        part = super().part(rows)
+        assert isinstance(part, _RpnOutput)
+        return replace(part, proposed={k: v[rows] for k, v in self.proposed.items()})
+
+
+@dataclass
 class _Samples:
     """Anchors or regions of all images that a loss looks at; S are drawn, and after `settle` M are left.
 
@@ -375,22 +400,32 @@ class _Samples:
     image       int64 [S]
     matched     int64 [S]  target, -1 = background
     use         bool [S]   False where there were too few to draw
+    stride      int64 [S]  of regions the map that each is cut from, of anchors none
     foreground  int64 [F]  those with a target, after `settle`
+    of_stride   int64 [n] each, those of each of `strides`, after `settle`
     """
 
     what: Tensor
     image: Tensor
     matched: Tensor
     use: Tensor
+    stride: Tensor | None = None
     foreground: Tensor = field(init=False)
+    of_stride: list[Tensor] = field(init=False)
 
-    def settle(self, other: _Samples) -> None:
+    def settle(self, other: _Samples, strides: list[int]) -> None:
         """Drop what is not used, here and there: a GPU is waited for once for both."""
         both = (self, other)
-        found = iter(true_rows([mask for s in both for mask in (s.use, s.use & (s.matched >= 0))]))
+        found = iter(true_rows([mask for s in both for mask in s._masks(strides)]))
         for samples in both:
-            rows, foreground = next(found), next(found)
-            samples.foreground = (samples.use.cumsum(0) - 1)[foreground]
+            rows = next(found)
+            place = samples.use.cumsum(0) - 1  # [S] where each is afterwards
+            samples.foreground = place[next(found)]
+            samples.of_stride = [] if samples.stride is None else [place[next(found)] for _ in strides]
             samples.what, samples.image, samples.matched = (
                 t[rows] for t in (samples.what, samples.image, samples.matched)
             )
+
+    def _masks(self, strides: list[int]) -> list[Tensor]:
+        of_stride = [] if self.stride is None else [self.use & (self.stride == s) for s in strides]
+        return [self.use, self.use & (self.matched >= 0), *of_stride]

@@ -30,12 +30,15 @@ def roi_strides(boxes: Tensor, strides: list[int]) -> Tensor:
     return wanted.clamp(strides[0], strides[-1]).long()
 
 
-def roi_features(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
+def roi_features(
+    maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int, of_stride: list[Tensor] | None = None
+) -> Tensor:
     """RoIAlign over several maps, 2 x 2 samples per cell, without the half-pixel shift (`aligned=False`).
 
     maps   {stride: [B, C, h, w]}, ascending strides
     boxes  [M, 4] xyxy pixels, no gradient; image int64 [M] the image of each
     size   cells per side of the result
+    of_stride  which boxes belong to each map, int64 [n] each, where the caller knows already
 
     In a graph for onnxruntime all images have as many regions, those of the first image first.
     Returns [M, C, size, size]; float32, or the dtype of the maps on a CPU.
@@ -46,17 +49,20 @@ def roi_features(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: in
     if graph_target() == "tensorrt":
         return _by_gathers(maps, boxes, image, size)
     by_pixels = boxes.device.type == "cpu" and not in_graph()
-    return _by_pixels(maps, boxes, image, size) if by_pixels else _by_operator(maps, boxes, image, size)
+    return _by_pixels(maps, boxes, image, size) if by_pixels else _by_operator(maps, boxes, image, size, of_stride)
 
 
-def _by_operator(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
+def _by_operator(
+    maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int, of_stride: list[Tensor] | None = None
+) -> Tensor:
     rois = torch.cat([image.to(boxes.dtype).unsqueeze(1), boxes], dim=1)  # [M, 5]
-    stride_of = roi_strides(boxes, list(maps))
     channels = next(iter(maps.values())).shape[1]
     out = boxes.new_zeros(boxes.shape[0], channels, size, size)
-    masks = [stride_of == stride for stride in maps]
-    # A graph has no numbers to read.
-    of_stride = [m.nonzero().squeeze(1) for m in masks] if in_graph() else true_rows(masks)
+    if of_stride is None:
+        stride_of = roi_strides(boxes, list(maps))
+        masks = [stride_of == stride for stride in maps]
+        # A graph has no numbers to read.
+        of_stride = [m.nonzero().squeeze(1) for m in masks] if in_graph() else true_rows(masks)
     for (stride, x), index in zip(maps.items(), of_stride, strict=True):
         pooled = roi_align(x.float(), rois[index], size, spatial_scale=1 / stride, sampling_ratio=SAMPLING)
         out = out.index_copy(0, index, pooled)
