@@ -104,6 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.batch, args.rounds = 1, 1
+        PLACES.pop("encoder")
     torch.set_num_threads(1)
     if args.peak:
         print(peak(args.peak[0], make_inputs(args.batch, PLACES[args.peak[1]], near=True)))

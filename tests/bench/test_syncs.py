@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from syncs import CUDA, PAIRS, OnDevice, Syncs, step_counts
+from syncs import CUDA, DETECTORS, PAIRS, OnDevice, Syncs, move, step_counts
+
+from ssod.detectors import build_detector
+from ssod.nn.deform_attn import attention_form
+from ssod.structures import Instances
 
 # One of each is whether the gradients are finite. The goal is 15.
 LIMITS = {
@@ -74,3 +78,30 @@ def test_gradients_go_through() -> None:
     assert syncs.found.total() == 0
     assert isinstance(w.grad, OnDevice)
     assert w.grad.inner.tolist() == [0.0, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_cuda_would_compute_is_what_the_cpu_does(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_detector(name, 3, "resnet10t", {**DETECTORS[name], **({"dropout": 0.0} if "detr" in name else {})})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    some = Instances(torch.tensor([[4.0, 4, 30, 40], [30, 20, 60, 60]]), torch.tensor([0, 2]))
+    targets = [some, Instances.empty()]
+
+    def look(device: torch.device | str) -> tuple[list[float], list[list[float]]]:
+        torch.manual_seed(1)  # regions are drawn
+        output = model.head(model.features(images.to(device)))
+        losses = model.loss(output, [t.to(device) for t in targets])
+        with torch.no_grad():
+            found = model.decode(output, conf=0.01, iou=0.5, max_det=20)
+        assert sum(map(len, found)) > 0
+        return [float(v.detach()) for v in losses.values()], [f.scores.tolist() for f in found if f.scores is not None]
+
+    with attention_form("plain"):
+        expected = look("cpu")
+        move(model)
+        with Syncs():
+            losses, scores = look(CUDA)
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    for mine, wanted in zip(scores, expected[1], strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-5)
