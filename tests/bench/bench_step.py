@@ -42,7 +42,7 @@ def main() -> None:
     common_options(parser)
     args = parser.parse_args()
     if args.quick:
-        args.size, args.batch, args.rounds, args.detectors = 64, 1, 1, ["fcos", "deformable_detr"]
+        args.size, args.batch, args.rounds, args.detectors = 128, 1, 1, ["fcos", "deformable_detr"]
     torch.set_num_threads(1)
     if args.memory_of:
         print(json.dumps(peak_memory(*args.memory_of, args)))
