@@ -79,9 +79,11 @@ def read_packed(path: Path) -> dict[str, Any]:
         state = load(raw)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}.") from None
-    missing = [k for k in _NEEDED if k not in card]
+    missing = [k for k in _NEEDED if not isinstance(card, dict) or k not in card]
     if missing:
         raise UserError(f"{path} does not say its {missing[0]}; it was written by another version of ssod.")
+    if not isinstance(card["use"], str):
+        raise UserError(f"{path} is damaged: its 'use' is not the name of a network.")
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     return {k: card[k] for k in _NEEDED} | {"networks": {card["use"]: state}, "about": card.get("about", {})}
 

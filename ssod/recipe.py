@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PER_STEP = ("iters", "warmup_iters", "burn_in", "val_interval", "save_period", "save_interval")
+MOST = 10**9  # beyond, and below 1, numbers are left to the config, which refuses them
 
 
 def rescale(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -29,7 +30,12 @@ def rescale(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[s
     """
     nominal, batch = recipe.get("nominal_batch"), given.get("batch", recipe.get("batch"))
     out = dict(recipe)
-    if not isinstance(nominal, int) or not isinstance(batch, int) or batch < 1 or batch == nominal:
+    if (
+        not isinstance(nominal, int)
+        or not isinstance(batch, int)
+        or batch == nominal
+        or not (0 < batch < MOST and 0 < nominal < MOST)
+    ):
         return out, []
     k = batch / nominal
     out["nominal_batch"] = batch  # what is written into the run folder must not be rescaled again
@@ -38,12 +44,12 @@ def rescale(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[s
         changed["batch_unlabeled"] = max(1, round(recipe["batch_unlabeled"] * k))
     for key in PER_STEP:
         value = recipe.get(key)
-        if isinstance(value, int | float) and value >= 1:
+        if isinstance(value, int | float) and 1 <= value < MOST:
             changed[key] = max(1, round(value / k))
     if isinstance(recipe.get("lr0"), int | float):
         # Another optimizer than the recipe's comes with a learning rate of its own.
         changed["lr0"] = _digits(recipe["lr0"] * (math.sqrt(k) if recipe.get("optimizer") == "adamw" else k))
-    if isinstance(recipe.get("ema_decay"), float):
+    if isinstance(recipe.get("ema_decay"), float) and 0 < recipe["ema_decay"] < 1:
         changed["ema_decay"] = _digits(recipe["ema_decay"] ** k)
     if given.get("epochs") is not None:
         changed.pop("iters", None)

@@ -50,8 +50,8 @@ def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, di
         detector.load_state_dict(content["networks"][use])
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} holds no network that this version of ssod can build: {said}") from None
     return detector.eval(), content
 
