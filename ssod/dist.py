@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+JOIN = 300.0  # seconds in which all processes must have found each other
+
 
 def init(device: torch.device) -> torch.device:
     """Join the process group that torchrun announced in the environment, and return this process's device: on CUDA
@@ -20,12 +24,28 @@ def init(device: torch.device) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if not td.is_initialized():
+        # Gloo has been seen to wait for a connection for ever, whatever timeout it is given.
+        patience = threading.Timer(JOIN, _give_up)
+        patience.daemon = True
+        patience.start()
         td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
+        patience.cancel()
     if device.type != "cuda":
         return device
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(own)
     return own
+
+
+def _give_up() -> None:
+    """End this process, whose main thread waits where no exception reaches it; the launcher then ends the others."""
+    found = {name: os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    sys.stderr.write(
+        "ssod: process {RANK} of {WORLD_SIZE} could not join the others at {MASTER_ADDR}:{MASTER_PORT} ".format(**found)
+        + f"within {JOIN:.0f} seconds. Check that every machine reaches that address, and start the run again.\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def close() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,26 @@ def test_a_single_process_is_rank_0_of_1() -> None:
     assert dist.from_main(lambda: 3) == 3
     module = torch.nn.Linear(1, 1)
     assert dist.wrap(module, torch.device("cpu")) is module
+
+
+ALONE = """
+import torch
+from ssod import dist
+dist.JOIN = 1.0
+dist.init(torch.device("cpu"))
+"""
+
+
+@pytest.mark.fault(16)
+def test_a_process_that_finds_no_others_ends_and_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # connected to, it never answers
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mute.getsockname()[1])}
+        env = os.environ | place | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+        out = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, timeout=100)
+    assert out.returncode == 1
+    assert (
+        f"process 1 of 2 could not join the others at 127.0.0.1:{place['MASTER_PORT']} within 1 seconds" in out.stderr
+    )
 
 
 @pytest.mark.slow  # the fast one is in tests/engine/test_ranks.py

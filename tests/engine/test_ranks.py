@@ -19,15 +19,19 @@ Tiny = dict[str, Any]
 STEPS = 20
 FCOS = {"name": "fcos", "fpn_channels": 32, "head_convs": 1}
 RETINANET = {"name": "retinanet", "fpn_channels": 32, "head_convs": 1}
-DETR = {"name": "deformable_detr", "width": 64, "queries": 20, "encoder_layers": 1, "decoder_layers": 1}
+# No dropout: two processes draw other numbers than one.
+DETR = {"name": "deformable_detr", "width": 64, "queries": 20, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
 HALF = {"half_scale": True}
 CASES = {
     "supervised": (FCOS, {"name": "supervised", "ema": True}),
     "mean_teacher": (FCOS, {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01}),
     "mean_teacher_auto": (FCOS, {"name": "mean_teacher", "tau_low": 0.01, "box_loss": True}),
     "unbiased_teacher": (RETINANET, {"name": "unbiased_teacher", "tau": 0.02}),
-    "rpl": (RETINANET | {"codec": "bucket", "buckets": 4}, {"name": "rpl", "tau": 0.02}),
-    "prc": (FCOS | {"codec": "gaussian"}, {"name": "prc", "tau": 0.02}),
+    "rpl": (RETINANET | {"codec": "bucket", "buckets": 4}, {"name": "rpl", "tau": 0.05}),
+    "prc": (
+        FCOS | {"codec": "gaussian"},
+        {"name": "prc", "tau": 0.02, "weight": 0.2},
+    ),  # at 4 the run is so wild that it magnifies rounding
     "sed": (FCOS | HALF, {"name": "sed"}),
     "lsm": (FCOS | HALF, {"name": "lsm", "tau": 0.03, "alpha": 0.02}),
     "comining": (FCOS, {"name": "comining", "tau": 0.02}),
@@ -43,6 +47,8 @@ def test_two_ranks_equal_one_with_twice_the_batch(tiny: Tiny, tmp_path: Path, ca
     # Frozen norms: statistics of half a batch are others. No clipping: it hides a wrong scale of the gradients.
     own = {"detector": detector, "strategy": strategy, "frozen_norm": True, "clip_grad": 0.0, "lr0": 0.002}
     own |= {"iters": steps, "burn_in": 4, "batch": 4, "val_interval": steps, "save_interval": steps, "ema_decay": 0.9}
+    if detector is DETR:
+        own["lr0"] = 0.0005  # at more, whom a query is matched to hangs on rounding after some steps
     if strategy["name"] == "comining":
         own["augment"] = "comining"
     one, two = (trained(tiny | own, tmp_path, device) for device in ("cpu", "cpu,cpu"))
