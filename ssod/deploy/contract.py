@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
 
+from ssod.deploy.described import described
 from ssod.errors import UserError
 
 T = TypeVar("T")
@@ -37,16 +37,12 @@ class ForeignModel(UserError):
     """A model file that was not exported by ssod."""
 
 
-def described(kind: type[T], values: Any, path: object) -> T:
+def from_description(kind: type[T], values: Any, path: object) -> T:
     """A dataclass from what a description holds. Raises ForeignModel, naming `path`, for values it cannot have."""
     try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "all of it"
-        raise ForeignModel(
-            f"{path}: its description is not what ssod writes ({where}: {first['msg']}). Export it again."
-        ) from None
+        return described(kind, values)
+    except ValueError as error:
+        raise ForeignModel(f"{path}: its description is not what ssod writes ({error}). Export it again.") from None
 
 
 @dataclass(frozen=True)
@@ -74,18 +70,23 @@ class Card:
     weights: str
     imgsz: int | list[int]
     size: tuple[int, int] | None
-    multiple: Annotated[int, Field(gt=0)]
+    multiple: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     conf: float
     iou: float
-    max_det: Annotated[int, Field(gt=0)]
+    max_det: int
     target: str
     precision: str
     inputs: tuple[str, ...]
     opset: int
     versions: dict[str, str]
     source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("multiple", "max_det"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not above 0")
 
     def dumps(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
@@ -106,4 +107,4 @@ class Card:
                 f"{path} has description format {found}; this version of ssod reads format {FORMAT}. Export it again."
             )
         known = {f.name for f in fields(Card)}
-        return described(Card, {k: v for k, v in values.items() if k in known}, path)
+        return from_description(Card, {k: v for k, v in values.items() if k in known}, path)

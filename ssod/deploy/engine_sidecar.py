@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ssod.deploy.contract import Card, ForeignModel, described
+from ssod.deploy.contract import Card, ForeignModel, from_description
 from ssod.errors import UserError
 
 FORMAT = 1
@@ -52,7 +52,7 @@ class Sidecar:
             raise ForeignModel(
                 f"{path} has format {found}; this version of ssod reads format {FORMAT}. Export it again."
             )
-        return described(Sidecar, values | {"card": Card.loads(values.get("card"), path)}, path)
+        return from_description(Sidecar, values | {"card": Card.loads(values.get("card"), path)}, path)
 
 
 def sidecar_path(engine: Path) -> Path:
