@@ -24,17 +24,31 @@ def init(device: torch.device) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if not td.is_initialized():
-        # Gloo has been seen to wait for a connection for ever, whatever timeout it is given.
+        # Gloo may wait for a connection for ever, whatever timeout it is given.
         patience = threading.Timer(JOIN, _give_up)
         patience.daemon = True
         patience.start()
-        td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
+        timeout = timedelta(minutes=5)
+        found, own_rank, size = next(td.rendezvous("env://", timeout=timeout))
+        td.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=td.PrefixStore(_attempt(), found),
+            rank=own_rank,
+            world_size=size,
+            timeout=timeout,
+        )
         patience.cancel()
     if device.type != "cuda":
         return device
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(own)
     return own
+
+
+def _attempt() -> str:
+    """Prefix of this start's keys in the launcher's store. The store outlives a restart, and with it the addresses of
+    dead processes, which the new ones would wait for."""
+    return f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _give_up() -> None:
@@ -94,7 +108,7 @@ def gather(value: T) -> list[T]:
 def store() -> td.Store:
     """A connection of its own to the launcher's key-value store: another thread may use it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return td.PrefixStore("ssod", td.TCPStore(address, port, is_master=False))
+    return td.PrefixStore(f"ssod/{_attempt()}", td.TCPStore(address, port, is_master=False))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

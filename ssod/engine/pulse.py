@@ -7,6 +7,7 @@ and that also watches its own loop.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -59,10 +60,10 @@ class Pulse:
         for r in range(world):  # whoever comes first makes the keys, so that nobody waits for them
             store.compare_set(f"pulse/{r}", "", "")
         heard: dict[int, tuple[str, float]] = {}  # rank -> what it last said, and when that was new
-        count = 0
-        while not self._stop.wait(INTERVAL):
-            count += 1
+        for count in itertools.count():  # the first beat at once: who never beat is not missed
             store.set(f"pulse/{own}", f"{who}:{count}")
+            if self._stop.wait(INTERVAL):
+                return
             now = time.monotonic()
             for r, said in enumerate(store.multi_get([f"pulse/{r}" for r in range(world)])):
                 text = said.decode()
