@@ -29,15 +29,17 @@ def init(device: torch.device) -> torch.device:
         patience.daemon = True
         patience.start()
         timeout = timedelta(minutes=5)
-        found, own_rank, size = next(td.rendezvous("env://", timeout=timeout))
-        td.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=td.PrefixStore(_attempt(), found),
-            rank=own_rank,
-            world_size=size,
-            timeout=timeout,
-        )
-        patience.cancel()
+        try:
+            found, own_rank, size = next(td.rendezvous("env://", timeout=timeout))
+            td.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=td.PrefixStore(_attempt(), found),
+                rank=own_rank,
+                world_size=size,
+                timeout=timeout,
+            )
+        finally:
+            patience.cancel()
     if device.type != "cuda":
         return device
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -2,7 +2,8 @@
 tiny model.
 
 What a command would take from outside, or take hours for, is replaced: SMALLER says what and why; none is left out.
-docs/export.md is run by tests/deploy/test_export_doc.py, the command lines of grids and benches by their own tests.
+docs/export.md is run by tests/deploy/test_export_doc.py, the Dockerfiles' commands by tests/test_docker.py and
+tests/deploy/test_slim.py, the benches, small, by tests/bench. The studies take hours and are not run.
 `make test-slow` runs this file.
 """
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from ssod.errors import UserError
 
-SHUTDOWN = "10"  # seconds from the launcher's SIGTERM to its SIGKILL
-
 
 def devices_of(device: str | int) -> list[str]:
     """The devices that a `device` value names: "0,1" -> ["0", "1"], "cpu,cpu" -> two processes on the CPU.
@@ -46,7 +44,6 @@ def launch(mode: str, words: Sequence[str], devices: Sequence[str], max_restarts
 
     if devices[0] != "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

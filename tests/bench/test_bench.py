@@ -30,6 +30,15 @@ def test_every_script_of_the_folder_is_run_or_asks_for_something() -> None:
 
 
 @pytest.mark.slow
+def test_predict_against_the_bare_model() -> None:
+    student = HERE.parent.parent / "ssod" / "zoo" / "weights" / "shapes_fcos.safetensors"
+    words = [sys.executable, str(HERE / "bench_predict.py"), str(student), "--rounds", "1", "--batches", "1"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| shapes_fcos.safetensors |" in done.stdout
+
+
+@pytest.mark.slow
 def test_all_scripts_run(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     words = [sys.executable, str(HERE / "bench.py"), "--quick", "--out", str(tmp_path)]
