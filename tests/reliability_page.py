@@ -79,10 +79,10 @@ of this has run.
 `tests/test_fuzz.py` (hypothesis): annotations, data and config YAMLs, lists, images of six kinds, checkpoints, packed
 networks, descriptions of exports and engines, and every file of a run folder that is read back, damaged by bytes and
 by odd values in their places; only `ssod.errors` may come out. `tests/test_config.py` does so with arguments. Eight
-examples of each in `make test`, 500 in `make test-slow`; of these the ones of the page, of two runs compared, of recipes and of
-odd checkpoints have not been run at 500 to the end since the last defects were mended. atheris (3.0, coverage-guided) was tried by hand for a
-minute on four readers (packed networks, COCO, VOC, results.csv) and found nothing that these had not; it is no
-dependency.
+examples of each in `make test`, 500 in `make test-slow`; of these the ones of the page, of two runs compared, of
+recipes and of odd checkpoints have not been run at 500 to the end since the last defects were mended. atheris (3.0,
+coverage-guided) was tried by hand for a minute on four readers (packed networks, COCO, VOC, results.csv) and found
+nothing that these had not; it is no dependency.
 """
 
 

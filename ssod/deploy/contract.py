@@ -97,7 +97,7 @@ class Card:
         try:
             values: dict[str, Any] = json.loads(text or "")
             found = values.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ForeignModel(
                 f"{path} carries no description by ssod: it was exported by another program. "
                 "Export a checkpoint with `ssod export model=best.pt`."

@@ -8,6 +8,7 @@ import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+MOST = 1e30  # no number of a description comes near; a whole number of JSON may be too large for a float
 
 
 def described(kind: type[T], values: Any) -> T:
@@ -41,8 +42,9 @@ def _value(value: Any, kind: Any, where: str) -> Any:
             return origin(_value(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, of_each, strict=True)))
     elif origin is dict and isinstance(value, dict):
         return {_value(k, args[0], where): _value(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    elif kind is float and type(value) in (int, float):
-        return float(value)
+    elif kind is float:
+        if type(value) in (int, float) and abs(value) < MOST:  # neither NaN nor infinite
+            return float(value)
     elif origin is None and type(value) is kind:  # not isinstance: a bool is no number here
         return value
     raise ValueError(f"{where} is {_shown(value)}, which does not fit {getattr(kind, '__name__', kind)}")
