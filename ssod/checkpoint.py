@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ssod.errors import UserError
+from ssod.errors import UserError, first_line
 from ssod.packed import SUFFIX, is_packed, read_packed
 
 FORMAT = 1
@@ -108,7 +108,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file it will not read
-        raise CheckpointError(f"{path} holds something other than tensors and plain values: {_first(error)}") from None
+        raise CheckpointError(
+            f"{path} holds something other than tensors and plain values: {first_line(error)}"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(f"{path} has format {found}; this version of ssod reads format {FORMAT}.")
@@ -144,7 +146,3 @@ def load_last_good(folder: Path, names: tuple[str, ...] = ("last.pt", "previous.
         except CheckpointError as error:
             said.append(str(error))
     raise CheckpointError(" ".join(said))
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -14,6 +14,11 @@ class Fault(RuntimeError):
     """A failure of the machine or the run, said in one sentence: a worker died, the loss is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters of it; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x' or 'y'?" for the closest of `known`, or "" when none is close."""
     close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)

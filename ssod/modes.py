@@ -125,6 +125,9 @@ class TrainConfig(RunFolder, Inference, Data):
     amp: bool | Literal["auto", "bf16", "fp16"] = Field(
         "auto", description="mixed precision; auto: bf16 where the device is faster with it"
     )
+    compile: bool = Field(
+        False, description="backbone, neck and head through torch.compile; takes minutes at the start"
+    )
 
     val_interval: int = Field(0, ge=0, description="steps between validations; 0 = ten in the run")
     val_fraction: float = Field(1.0, gt=0, le=1, description="share of the val images used while training")

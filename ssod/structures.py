@@ -129,6 +129,16 @@ class SemiBatch:
     weak: View | None = None
     strong: View | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
+    _aligned: bool | None = field(default=None, repr=False)
+
+    def aligned(self) -> bool:
+        """Whether weak and strong pixels lie at the same places. A batch is asked before it goes to a device, which
+        would be waited for."""
+        if self._aligned is None:
+            assert self.weak is not None
+            assert self.strong is not None
+            self._aligned = torch.equal(self.weak.matrices, self.strong.matrices)
+        return self._aligned
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemiBatch:
         return self._each(lambda view: view.to(device, non_blocking))
@@ -138,7 +148,8 @@ class SemiBatch:
 
     def _each(self, fn: Callable[[View], View]) -> SemiBatch:
         weak, strong = (None if v is None else fn(v) for v in (self.weak, self.strong))
-        return SemiBatch(fn(self.labeled), weak, strong, self.bad)
+        aligned = self.aligned() if weak is not None and strong is not None else None
+        return SemiBatch(fn(self.labeled), weak, strong, self.bad, aligned)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssod.deploy.contract import KEY, OUTPUTS, Card
 from ssod.detectors.base import Detector
-from ssod.errors import UserError
+from ssod.errors import UserError, first_line
 from ssod.files import replacing
 from ssod.ops.fixed import Detections
 from ssod.ops.forms import Target, graph_for
@@ -113,7 +113,7 @@ def _traced(detector: Detector, card: Card) -> Any:
                 custom_translation_table=_translations(),
             )
         except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
-            said = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+            said = first_line(error.__cause__ or error)
             raise UserError(
                 f"torch {torch.__version__} cannot export {card.detector} on {card.backbone}: {said}. "
                 f"Try {'a fixed size, without dynamic=true, or ' if card.size is None else ''}another backbone."

@@ -13,7 +13,7 @@ import numpy as np
 
 from ssod.deploy.array_model import ArrayModel, threads
 from ssod.deploy.contract import KEY, OUTPUTS, Card, ForeignModel, Outputs
-from ssod.errors import UserError, did_you_mean
+from ssod.errors import UserError, did_you_mean, first_line
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _KINDS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
@@ -95,8 +95,9 @@ def _session(ort: ModuleType, path: Path, hoped: str, number: int, available: Se
     try:
         return ort.InferenceSession(str(path), sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's own classes share no base but this
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is not an ONNX model that onnxruntime can load, or it is cut off: {first}") from None
+        raise UserError(
+            f"{path} is not an ONNX model that onnxruntime can load, or it is cut off: {first_line(error)}"
+        ) from None
 
 
 def _onnxruntime() -> ModuleType:

@@ -18,7 +18,7 @@ from ssod.deploy.results import Boxes, Results
 from ssod.deploy.sources import Source, is_live, pictures
 from ssod.deploy.stream import Stream
 from ssod.deploy.tiles import Tiling
-from ssod.errors import UserError, did_you_mean
+from ssod.errors import UserError, did_you_mean, first_line
 from ssod.zoo.fetch import resolve
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def load_detector(path: str | Path, weights: str = "auto") -> tuple[Detector, di
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} holds no network that this version of ssod can build: {said}") from None
+        raise CheckpointError(
+            f"{path} holds no network that this version of ssod can build: {first_line(error)}"
+        ) from None
     return detector.eval(), content
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssod.deploy.contract import Card
 from ssod.deploy.graph import Graph
 from ssod.detectors.base import Detector
-from ssod.errors import UserError
+from ssod.errors import UserError, first_line
 from ssod.ops.forms import graph_for
 
 EXTRA = "ssod.json"  # the card, among the file's extra files
@@ -44,8 +44,7 @@ class TorchScriptModel:
                 warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export
                 self._module = torch.jit.load(str(path), map_location=device, _extra_files=extra).eval()
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{path} is not a TorchScript model, or it is cut off: {first}") from None
+            raise UserError(f"{path} is not a TorchScript model, or it is cut off: {first_line(error)}") from None
         text: str | bytes = extra[EXTRA]
         self.card = Card.loads(text.decode() if isinstance(text, bytes) else text, path)
 

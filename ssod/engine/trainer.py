@@ -35,6 +35,7 @@ from ssod.engine.watch.diagnosis.clock import DataClock
 from ssod.engine.watch.observers import build_observers
 from ssod.errors import Fault, UserError
 from ssod.modes import TrainConfig
+from ssod.nn.compiled import compile_networks
 from ssod.nn.held import Before, running_statistics
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
@@ -98,6 +99,8 @@ class SemiTrainer:
         self.strategy = strategy.to(self.device)
         self.dtype = amp_dtype(config.amp, self.device, self.strategy)
         lay_out(self.strategy, self.dtype)
+        if config.compile:
+            compile_networks((m for m in self.strategy.modules() if isinstance(m, Detector)), self.device)
         self.optimizer = build_optimizer(self.strategy, config)
         self.statistics = running_statistics(self.strategy)
         self.before = Before(self.strategy)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.errors import UserError, did_you_mean
-from ssod.ops.forms import extent, graph_target, in_graph
+from ssod.ops.forms import extent, graph_target
 
 Shapes = Sequence[tuple[int, int]]
 _forced: ContextVar[str | None] = ContextVar("attention_form", default=None)
@@ -57,13 +57,13 @@ def attention_form(name: str) -> Iterator[None]:
 
 
 def _fitting(value: Tensor) -> str:
-    """The form for these values; "plain" in an exported or compiled graph and in double precision.
+    """The form for these values; "plain" in an exported graph and in double precision.
 
     TensorRT is said to compute grid_sample wrongly here (NVIDIA/TensorRT#4813), so its graphs gather.
     """
     if graph_target() == "tensorrt":
         return "gather"
-    if in_graph() or value.dtype == torch.float64:
+    if graph_target() or torch.jit.is_tracing() or torch.compiler.is_exporting() or value.dtype == torch.float64:
         return "plain"
     if value.device.type == "cpu":
         return "bags"
@@ -121,12 +121,15 @@ def _gather(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     return total.flatten(2).to(value.dtype)
 
 
+# torch.compile goes around these two: their kernels are their own.
+@torch.compiler.disable
 def _bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     from ssod.nn.deform_attn_cpu import deform_attn_cpu
 
     return deform_attn_cpu(value, shapes, locations, weights)
 
 
+@torch.compiler.disable
 def _triton(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     from ssod.nn.deform_attn_triton import deform_attn_triton  # triton exists on few machines without a GPU
 

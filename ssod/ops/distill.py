@@ -39,12 +39,12 @@ def soft_kl(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 def heavy(weight: Tensor, neglect: float) -> Tensor:
-    """Rows int64 of the weights [M] that are at least `neglect` times their mean.
+    """Which of the weights [M] are at least `neglect` times their mean: bool [M].
 
     The others have together less than the share `neglect` of all weight: a weighted mean of values in 0 .. 1 that
     leaves them out of its sum is at most `neglect` too small.
     """
-    return (weight >= neglect * weight.mean()).nonzero().squeeze(1)
+    return weight >= neglect * weight.mean()
 
 
 class _SoftBCE(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasRegions, HasSlots
 from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix, nms
+from ssod.ops.host import true_rows
 from ssod.ops.views import into_view
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.verdicts import FLOOR, Verdict, judged, looking, scores
@@ -154,8 +155,8 @@ class CoMining(Strategy):
             return [Instances(t.boxes[:0], t.labels[:0], t.boxes[:0, 0]) for t in view.targets]
         o = self.options
         found = confident(self.student, output, o.tau, o.theta1, o.max_boxes)
-        rows = zip(found, view.targets, wanted, strict=True)
-        return [unannotated(f, y, o.theta2) if w else f[:0] for f, y, w in rows]
+        asked = [f if w else f[:0] for f, w in zip(found, wanted, strict=True)]
+        return unannotated(asked, view.targets, o.theta2)
 
 
 def two_views(view: View) -> Two:
@@ -196,9 +197,10 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
     return detector.decode(replace(output, logits=sure), 0.0, theta1, most)
 
 
-def unannotated(found: Instances, annotated: Instances, theta2: float) -> Instances:
-    """Boxes of one image that overlap no annotated box of the same class by more than theta2."""
-    return found[~overlapping(found, annotated, theta2)]
+def unannotated(found: list[Instances], annotated: list[Instances], theta2: float) -> list[Instances]:
+    """Boxes of each image that overlap no annotated box of the same class by more than theta2."""
+    rows = true_rows([~overlapping(f, y, theta2) for f, y in zip(found, annotated, strict=True)])
+    return [f[own] for f, own in zip(found, rows, strict=True)]
 
 
 def overlapping(found: Instances, others: Instances, bound: float) -> Tensor:

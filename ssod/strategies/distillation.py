@@ -19,6 +19,7 @@ from ssod import dist
 from ssod.detectors.base import Detector, full_precision
 from ssod.ops.boxes import iou, nms
 from ssod.ops.distill import foreground_weight, heavy, soft_bce, soft_kl
+from ssod.ops.host import true_rows
 from ssod.strategies.foreground import JUDGED
 from ssod.strategies.pairing import Paired, pair
 
@@ -54,23 +55,26 @@ class Distillation:
         Each is a mean over the candidates of all ranks, weighted by w. The gradient reaches the learner only.
         """
         found: dict[str, Tensor] = {}
-        for p in pairs:
+        weights = [self._weight(p) for p in pairs]
+        boxes = true_rows([heavy(weight, NEGLECT) for weight in weights])
+        for p, weight, rows in zip(pairs, weights, boxes, strict=True):
             prefix = "" if p.stage in JUDGED else f"{p.stage}_"
             with full_precision(p.logits):
-                found |= {f"{prefix}{name}": value for name, value in self._of_stage(p).items()}
+                found |= {f"{prefix}{name}": value for name, value in self._of_stage(p, weight, rows).items()}
         return found
 
-    def _of_stage(self, p: Paired) -> dict[str, Tensor]:
-        weight = foreground_weight(p.target, p.exclusive)  # [M]
-        if not self.reweight:
-            weight = torch.ones_like(weight)
+    def _weight(self, p: Paired) -> Tensor:  # [M]
+        weight = foreground_weight(p.target, p.exclusive)
+        return weight if self.reweight else torch.ones_like(weight)
+
+    def _of_stage(self, p: Paired, weight: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """weight [M]; rows int64 [F], the candidates whose boxes are compared."""
         total = dist.shared(weight.sum(), LEAST)
         classes = soft_kl if p.exclusive else soft_bce
         found = {"cls": classes(p.logits, p.target, weight) / total}
         if p.quality is not None and p.target_quality is not None:
             centered = soft_bce(p.quality.unsqueeze(1), p.target_quality.unsqueeze(1), weight)
             found["centerness"] = self.box_weight * centered / total
-        rows = heavy(weight, NEGLECT)  # [F]
         boxes, targets = p.boxes(rows)
         found["box"] = self.box_weight * (weight[rows] * (1 - iou(boxes, targets))).sum() / total
         return found
@@ -92,7 +96,8 @@ def statistics(pairs: list[Paired], batch: int, threshold: float, max_boxes: int
         classes = p.target[:, :-1] if p.exclusive else p.target
         group = p.image[rows] * classes.shape[1] + classes[rows].argmax(dim=1)
         kept = rows[nms(p.boxes(rows)[1], weight[rows], group, threshold)]
-        boxes = torch.bincount(p.image[kept], minlength=batch).clamp(max=max_boxes)
+        every = torch.arange(batch, device=kept.device)
+        boxes = (p.image[kept] == every[:, None]).sum(dim=1).clamp(max=max_boxes)  # [B]; bincount would wait twice
         return {
             "distill/mean_weight": weight.sum() / max(1, len(weight)),
             "distill/object_share": (weight * (weight > OBJECT)).sum() / weight.sum().clamp(min=LEAST),

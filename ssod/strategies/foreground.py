@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssod.detectors.base import Detector, HasRegions
 from ssod.ops.codecs import Codec
+from ssod.ops.host import true_rows
 from ssod.structures import Candidates, DenseOutput, SlotOutput
 
 # Stages whose candidates have a class of their own: not an RPN's; of a DETR one layer.
@@ -56,7 +57,7 @@ def _of_regions(
 ) -> Tensor:  # [F]
     assert isinstance(detector, HasRegions)
     image = candidates.image[fg]
-    order = [(image == b).nonzero().squeeze(1) for b in range(len(output.logits))]  # rows of `fg` of each image
+    order = true_rows([image == b for b in range(len(output.logits))])  # rows of `fg` of each image
     boxes = [candidates.boxes[fg[rows]] for rows in order]
     certainty = candidates.boxes.new_zeros(len(fg))
     for rows, probability in zip(order, detector.classify(output, boxes), strict=True):  # [R, K + 1] each

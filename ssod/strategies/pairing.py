@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
 from ssod.ops.boxes import centers, clip
-from ssod.ops.host import owners
+from ssod.ops.host import owners, true_rows
 from ssod.ops.hungarian import match_hungarian
 from ssod.ops.places import same_grid, same_place, within
 from ssod.ops.set_matching import pair_costs, to_centers, to_corners
@@ -163,10 +164,12 @@ def _roi(
         target = _to_learner(judged.boxes, image, sizes, matrices)
         logits, labels = judged.logits, judged.labels
         if worth is not None:
-            kept = worth(logits)  # [M]
-            here = [regions[own] for regions, own in zip(here, kept.split(counts), strict=True)]
+            kept = true_rows(worth(logits).split(counts))  # [R] of each image
+            here = [regions[own] for regions, own in zip(here, kept, strict=True)]
+            starts = accumulate(counts, initial=0)
+            every = torch.cat([own + start for own, start in zip(kept, starts, strict=False)])
             counts = [len(regions) for regions in here]
-            image, target, logits, labels = image[kept], target[kept], logits[kept], labels[kept]
+            image, target, logits, labels = image[every], target[every], logits[every], labels[every]
     said = learner.read(output, here, list(labels.split(counts)))
     return Paired("roi", image, said.logits, logits, True, lambda rows: (said.boxes[rows], target[rows]))
 

@@ -149,6 +149,6 @@ def to_weak(batch: SemiBatch) -> Tensor | None:
     spares the search for what lies where."""
     assert batch.weak is not None
     assert batch.strong is not None
-    if torch.equal(batch.weak.matrices, batch.strong.matrices):
+    if batch.aligned():
         return None
     return between(batch.strong.matrices, batch.weak.matrices)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ssod.config import load_config
 from ssod.data import shapes
+from ssod.detectors.base import Detector
 from ssod.engine.log import Averages
 from ssod.engine.optim import build_optimizer
 from ssod.engine.trainer import SemiTrainer
@@ -69,7 +70,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "mean_teacher": {"tau": 0.005, "tau_low": 0.001},
     "unbiased_teacher": {"tau": 0.005},
     "soft_teacher": {"candidates": 0.05, "tau": 0.05},
+    "rpl": {"tau": 0.05, "max_weight": 1.0},
+    "prc": {"tau": 0.005},
+    "sed": {},
+    "lsm": {"tau": 0.005, "alpha": 0.001},
+    "comining": {"tau": 0.005},
 }
+# What a strategy asks of the detector; Deformable DETR has no such codecs, and does without.
+CODECS = {"rpl": "bucket", "prc": "gaussian"}
+WITHOUT = {"rpl": {"certainty": False}, "prc": {"ler": False}}
+HALF = ("sed", "lsm")
 PAIRS = [(d, s) for d in DETECTORS for s in STRATEGIES if s != "soft_teacher" or d == "faster_rcnn"]
 
 
@@ -240,31 +250,51 @@ def move(module: nn.Module) -> None:
                 each._buffers[name] = OnDevice(buffer)
 
 
+def needs(detector: str, strategy: str) -> dict[str, Any]:
+    """Options of the detector without which the strategy is refused."""
+    codec = CODECS.get(strategy) if detector != "deformable_detr" else None
+    return ({"codec": codec} if codec else {}) | ({"half_scale": True} if strategy in HALF else {})
+
+
+def class_biases(strategy: nn.Module) -> list[Tensor]:
+    networks = [m for m in strategy.modules() if isinstance(m, Detector)]
+    parts = [getattr(network, name) for network in networks for name in network.classifier]
+    return [
+        m.bias for part in parts for m in part.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None
+    ]
+
+
 def step_counts(
     detector: str, strategy: str, data: Path, runs: Path, images: int = 4
 ) -> tuple[Counter[str], Counter[str]]:
     """The synchronisations of one step with so many labelled and as many unlabelled images, and of a line in the log.
 
-    data: YAML of a drawn set of at least 4 * images images. The second step is counted: the first one fills caches.
+    data: YAML of a drawn set of at least 4 * images images. The third step is counted: the first one is burn-in, the
+    second fills caches.
     """
+    without = WITHOUT.get(strategy, {}) if detector == "deformable_detr" else {}
     config = {
         "data": str(data),
         "labeled": images,
-        "detector": {"name": detector, **DETECTORS[detector]},
+        "detector": {"name": detector, **DETECTORS[detector], **needs(detector, strategy)},
         "backbone": "resnet10t",
-        "strategy": {"name": strategy, **STRATEGIES[strategy]},
+        "strategy": {"name": strategy, **STRATEGIES[strategy], **without},
         "imgsz": 64,
-        "iters": 2,
-        "burn_in": 0,
+        "iters": 3,
+        "burn_in": 1,
         "batch": images,
         "workers": 0,
         "amp": False,
         "warmup_iters": 0,
         "plots": False,
+        **({"augment": "comining"} if strategy == "comining" else {}),
         "project": str(runs),
         "device": "cpu",
     }
     trainer = SemiTrainer(load_config("train", config))
+    if strategy == "rpl":  # its lowest threshold is above the scores that a dense detector starts with
+        for bias in class_biases(trainer.strategy):
+            nn.init.constant_(bias, -1.0)
     move(trainer.strategy)
     trainer.device = CUDA
     trainer.optimizer = build_optimizer(trainer.strategy, trainer.config)

@@ -241,10 +241,23 @@ def test_exported_with_dynamic_sizes(form, mark):
     torch.testing.assert_close(program.module()(*inputs), Called()(*inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_without_a_break():
-    compiled = torch.compile(Called(), fullgraph=True, dynamic=True, backend="eager")
-    for inputs in (called_with(2, 8, 12, 5), called_with(3, 6, 16, 7)):
-        torch.testing.assert_close(compiled(*inputs), Called()(*inputs), atol=1e-5, rtol=1e-5)
+def test_compiled_it_takes_the_kernels_of_the_device_and_plain_has_no_break(monkeypatch):
+    from ssod.nn import deform_attn as module
+
+    names = []
+    for name, form in module.FORMS.items():
+        monkeypatch.setitem(module.FORMS, name, lambda *a, n=name, f=form: names.append(n) or f(*a))
+    inputs = called_with(2, 8, 12, 5)
+    with torch.no_grad():
+        compiled = torch.compile(Called(), dynamic=True, backend="eager")(*inputs)
+    assert set(names) == {"bags"}
+    torch.testing.assert_close(compiled, Called()(*inputs), atol=1e-5, rtol=1e-5)
+
+    monkeypatch.undo()
+    with attention_form("plain"):
+        whole = torch.compile(Called(), fullgraph=True, dynamic=True, backend="eager")
+        for inputs in (called_with(2, 8, 12, 5), called_with(3, 6, 16, 7)):
+            torch.testing.assert_close(whole(*inputs), Called()(*inputs), atol=1e-5, rtol=1e-5)
 
 
 def chosen(value: torch.Tensor, monkeypatch) -> str:

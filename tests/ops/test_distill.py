@@ -109,7 +109,7 @@ def test_what_is_left_out_weighs_little(weights: list[float], neglect: float) ->
     weight = torch.tensor(weights, dtype=torch.float64)
     kept = heavy(weight, neglect)
     assert weight.sum() - weight[kept].sum() <= neglect * weight.sum() + 1e-12
-    assert heavy(torch.ones(7), 0.01).tolist() == list(range(7))
+    assert heavy(torch.ones(7), 0.01).all()
 
 
 def test_overlap_of_pairs() -> None:

@@ -107,11 +107,14 @@ def test_step_3_drops_annotated_objects() -> None:
     annotated = Instances(boxes_of([0, 0, 10, 10]), torch.tensor([1]))
     boxes = boxes_of([4, 0, 14, 10], [5, 0, 15, 10], [0, 0, 10, 10])
     found = Instances(boxes, torch.tensor([1, 1, 0]), torch.tensor([0.9, 0.8, 0.7]))
-    left = unannotated(found, annotated, 0.4)
+    left, lower, all_new, none = (
+        unannotated([found] * 3 + [found[:0]], [annotated, annotated, Instances.empty(), annotated], bound)[i]
+        for i, bound in enumerate((0.4, 0.3, 0.4, 0.4))
+    )
     torch.testing.assert_close(left.boxes, boxes[1:])
-    assert len(unannotated(found, annotated, 0.3)) == 1
-    assert len(unannotated(found, Instances.empty(), 0.4)) == 3
-    assert len(unannotated(found[:0], annotated, 0.4)) == 0
+    assert len(lower) == 1
+    assert len(all_new) == 3
+    assert len(none) == 0
 
 
 def test_equation_1_is_a_union() -> None:
