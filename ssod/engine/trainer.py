@@ -169,6 +169,8 @@ class SemiTrainer:
         every = max(1, min(50, plan.iters // 100))
         started, clock, divergence = time.monotonic(), DataClock(), Divergence()
         try:
+            if self.step and self._is_due() and (not self.history or self.history[-1]["step"] != self.step):
+                self._evaluate(log, pulse)  # what the run that goes on here failed in
             for batches in clock.over(self._batches()):
                 first, end = plan.stage(self.step)
                 if self.step == first > 0:
@@ -194,10 +196,7 @@ class SemiTrainer:
                     self.callbacks.figures("on_log", self, values)
                     divergence.look(self, values)
                 if self._is_due():
-                    pulse.rest()
-                    self._validate(log)
-                    if self.step == plan.burn_in and self.data.unlabeled:
-                        self.callbacks("on_burn_in_end", self)
+                    self._evaluate(log, pulse)
                     clock.restart()
                     if 0 < config.patience <= self.since_best and end == plan.iters:
                         log.say(f"stopped at step {self.step}: no better AP in {config.patience} validations")
@@ -319,6 +318,12 @@ class SemiTrainer:
         interval = self.config.val_interval or max(1, self.plan.iters // 10)
         last_of_burn_in = self.step == self.plan.burn_in
         return self.step % interval == 0 or last_of_burn_in or self.step == self.plan.iters
+
+    def _evaluate(self, log: Logger, pulse: Pulse) -> None:
+        pulse.rest()
+        self._validate(log)
+        if self.step == self.plan.burn_in and self.data.unlabeled:
+            self.callbacks("on_burn_in_end", self)
 
     def _validate(self, log: Logger) -> None:
         """Score the networks; the better one of the best validation becomes best.pt."""

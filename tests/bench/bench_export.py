@@ -1,4 +1,5 @@
-"""Inference on one thread of a CPU: our exported ONNX files against our detectors and against torchvision's own export.
+"""Inference on one thread of a CPU: our exported ONNX files against our detectors, eager and compiled, and against
+torchvision's own export.
 
     python tests/bench/bench_export.py --size 320 --rounds 9 [--nodes 8]
 
@@ -19,6 +20,7 @@ All alternate in one process; the figure is process CPU time, the median over th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -49,6 +51,7 @@ from ssod.deploy.graph import export_onnx
 from ssod.deploy.onnx_model import OnnxModel
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
+from ssod.nn.compiled import compile_networks
 
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
 NUM_CLASSES = 80
@@ -89,7 +92,7 @@ def main() -> None:
     lines, others, rows = [], [], []
     for name in args.detectors:
         with tempfile.TemporaryDirectory() as folder:
-            sides, passing = make_sides(name, args.size, args.shift, Path(folder))
+            sides, passing = make_sides(name, args.size, args.shift, Path(folder), compiled=not args.quick)
             sides |= {file.stem: other_file(file, args.size) for file in args.beside}
             counts = {who: side.find() for who, side in sides.items()}
             times = alternate(sides, args.rounds)
@@ -105,10 +108,10 @@ def main() -> None:
         rows += table_rows(name, times)
         others += [f"{name} / {file.stem}: {times['ours'] / times[file.stem]:.2f}" for file in args.beside]
     print(
-        "\n| | ours, eager | ours, ONNX | torchvision's, eager | torchvision's, ONNX | ours: eager / ONNX | "
-        "their eager / our ONNX | their ONNX / our ONNX |"
+        "\n| | ours, eager | ours, compiled | ours, ONNX | torchvision's, eager | torchvision's, ONNX | "
+        "ours: eager / ONNX | their eager / our ONNX | their ONNX / our ONNX |"
     )
-    print("|---|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+    print("|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines))
     save(rows, args.json)
     print("\n".join(others))
     print(f"load at the end {os.getloadavg()[0]:.1f}")
@@ -116,22 +119,24 @@ def main() -> None:
 
 def row(name: str, times: dict[str, float]) -> str:
     eager, mine, peer = times["eager"], times["ours"], [times.get("theirs, eager"), times.get("theirs")]
-    shown = ["-" if t is None else f"{t:.0f}" for t in peer]
+    compiled, *shown = ["-" if t is None else f"{t:.0f}" for t in (times.get("compiled"), *peer)]
     ratios = ["-" if t is None else f"{t / mine:.2f}" for t in peer]
-    cells = [f"{eager:.0f}", f"{mine:.0f}", *shown, f"{eager / mine:.2f}", *ratios]
+    cells = [f"{eager:.0f}", compiled, f"{mine:.0f}", *shown, f"{eager / mine:.2f}", *ratios]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def table_rows(name: str, times: dict[str, float]) -> list[Row]:
     mine, eager = times["ours"], times.get("theirs, eager")
     rows = [Row(f"{name} in onnxruntime / our eager", mine, times["eager"])]
+    if "compiled" in times:
+        rows.append(Row(f"{name} compiled / our eager", times["compiled"], times["eager"]))
     if eager is not None:
         rows.append(Row(f"{name} in onnxruntime / torchvision's eager", mine, eager, GOAL))
         rows.append(Row(f"{name} in onnxruntime / torchvision's there", mine, times["theirs"]))
     return rows
 
 
-def make_sides(name: str, size: int, shift: float, folder: Path) -> tuple[dict[str, Side], int]:
+def make_sides(name: str, size: int, shift: float, folder: Path, compiled: bool) -> tuple[dict[str, Side], int]:
     """Our detector, its file and torchvision's file of the same weights; and how many candidates pass the threshold."""
     torch.manual_seed(0)
     image = torch.rand(1, 3, size, size)
@@ -152,6 +157,10 @@ def make_sides(name: str, size: int, shift: float, folder: Path) -> tuple[dict[s
             lambda: int(model.run(pixels, valid).num_dets[0, 0]), folder / "ours.onnx", model.feed(pixels, valid)
         ),
     }
+    if compiled:
+        twin = copy.deepcopy(detector)
+        compile_networks([twin], torch.device("cpu"))
+        sides["compiled"] = Side(lambda: len(twin(image, conf=CONF, iou=IOU[name], max_det=MAX_DET)[0]))
     if peer is not None:
         file = folder / "theirs.onnx"
         with warnings.catch_warnings():

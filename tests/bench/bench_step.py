@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="also with the backbone compiled, on both sides")
+    parser.add_argument("--compile", action="store_true", help="also compiled, ours as by compile=true")
     parser.add_argument("--memory-of", nargs=3, metavar=("DETECTOR", "WHO", "MODE"), help="print bytes and leave")
     common_options(parser)
     args = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
     if args.quick:
         modes = [("theirs", "fp32"), ("ours", "fp32"), ("ours", "bf16")]
     if args.compile:
-        modes += [("theirs", "bf16 channels_last compile"), ("ours", "bf16 compile")]
+        modes += [("theirs", "bf16 channels_last compile"), ("ours", "fp32 compile"), ("ours", "bf16 compile")]
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, {where}, "

@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ssod.detectors import build_detector
+from ssod.nn.compiled import compile_networks
 from ssod.nn.precision import lay_out
 from ssod.structures import Instances
 
@@ -30,7 +31,8 @@ OUR_MODES = ("fp32", "bf16")
 
 
 def make_step(name: str, who: str, mode: str, size: int, batch: int, device: str = "cpu") -> Step:
-    """One training step of a detector by "ours" or "theirs"; "compile" in the mode compiles backbone and neck."""
+    """One training step of a detector by "ours" or "theirs". "compile" in the mode: ours as by compile=true, of theirs
+    backbone and neck."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device)
     targets = [t.to(device) for t in make_targets(batch, size)]
@@ -42,7 +44,7 @@ def make_step(name: str, who: str, mode: str, size: int, batch: int, device: str
     elif "channels_last" in mode:
         model.to(memory_format=torch.channels_last)
     if "compile" in mode:
-        compile_backbone(name, who, model)
+        compile_parts(name, who, model)
 
     def context() -> AbstractContextManager[object]:
         return torch.autocast(device, half) if half is not None else nullcontext()
@@ -80,9 +82,9 @@ def theirs(name: str, size: int) -> nn.Module:
     )  # nine anchors per cell, as in retinanet_resnet50_fpn
 
 
-def compile_backbone(name: str, who: str, model: nn.Module) -> None:
+def compile_parts(name: str, who: str, model: nn.Module) -> None:
     if who == "ours":
-        model.backbone.net = torch.compile(model.backbone.net)
+        compile_networks([model], next(model.parameters()).device)
     elif name == "deformable_detr":
         encoder = model.model.backbone.conv_encoder if hasattr(model.model.backbone, "conv_encoder") else None
         assert encoder is not None, "transformers moved the backbone of Deformable DETR"

@@ -16,6 +16,7 @@ import yaml
 
 from ssod.checkpoint import load_checkpoint
 from ssod.config import load_config
+from ssod.engine import trainer as engine_trainer
 from ssod.engine.callbacks import Callbacks, State
 from ssod.engine.trainer import SemiTrainer
 from ssod.errors import Fault
@@ -163,3 +164,31 @@ def test_nothing_is_written_where_the_data_lie(
             p.chmod(mode)
     assert state() == before
     assert any((tmp_path / "cache").rglob("*")), "the decoded images went elsewhere"
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_run_that_failed_in_a_validation_begins_with_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    undisturbed = SemiTrainer(load_config("train", tiny | {"name": "whole"})).train()
+    broken = SemiTrainer(load_config("train", tiny | {"name": "broken"}))
+    with monkeypatch.context() as patch:
+        real = engine_trainer.evaluate
+
+        def fails(*args: Any) -> Any:
+            if broken.step == at:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        patch.setattr(engine_trainer, "evaluate", fails)
+        with pytest.raises(OSError, match="No space left"):
+            broken.train()
+    assert not (broken.folder / "metrics.json").exists()
+
+    burnt_in = []
+    note = Callbacks({"on_burn_in_end": lambda trainer: burnt_in.append(trainer.step)})
+    summary = SemiTrainer(load_config("train", {"resume": str(broken.folder)}), note).train()
+    assert str(summary["history"]) == str(undisturbed["history"])  # AP of what no image shows is NaN
+    assert summary["best"] == undisturbed["best"]
+    assert burnt_in == [3] * (at == 3)
