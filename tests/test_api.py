@@ -92,6 +92,21 @@ def test_val_is_the_command_line(run: tuple[SSOD, Trained], recipe: Path, shapes
         SSOD(model.path).val()
 
 
+def test_report_is_the_command_line(run: tuple[SSOD, Trained], tmp_path: Path) -> None:
+    model, done = run
+    page = model.report(out=tmp_path / "mine.html", workers=0)
+    assert page == tmp_path / "mine.html"
+    words = [str(done.folder), f"out={tmp_path / 'theirs.html'}", "workers=0", "device=cpu"]
+    assert main(["report", *words]) == 0
+    mine, theirs = (re.sub(r"mine|theirs", "", (tmp_path / f"{n}.html").read_text()) for n in ("mine", "theirs"))
+    assert "</html>" in mine
+    assert len(mine) == pytest.approx(len(theirs), rel=0.01)  # drawn ids differ
+
+    model.save(tmp_path / "lone.pt")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path.parent))):
+        SSOD(tmp_path / "lone.pt").report()
+
+
 def test_a_run_folder_is_free_again_after_val(run: tuple[SSOD, Trained], recipe: Path) -> None:
     model, _ = run
     for _ in range(2):
