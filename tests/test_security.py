@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,15 @@ def test_the_reader_sees_it(line: str) -> None:
 def test_sound_lines_are_left_alone() -> None:
     sound = "model.eval()\ntorch.load(path, map_location='cpu', weights_only=True)\nyaml.safe_load(text)\nre.compile(x)"
     assert dangers(sound) == []
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    used = [
+        line.split("uses:")[1].strip()
+        for path in sorted((ROOT / ".github").rglob("*.yml"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
+    assert used
+    for action in used:  # with the release that the commit is, for the reader
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ssod.detectors.base import Detector, HasRegions, HasSlots
 from ssod.errors import UserError
-from ssod.ops.boxes import iou_matrix, nms
+from ssod.ops.boxes import iou_matrix
 from ssod.ops.host import true_rows
+from ssod.ops.suppression import nms_batch
 from ssod.ops.views import into_view
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.verdicts import FLOOR, Verdict, judged, looking, scores
@@ -190,7 +192,12 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
     if isinstance(detector, HasSlots):
         every = detector.slots(output).logits[-1, 0].numel()  # not cut off before the NMS
         found = detector.decode(output, tau, theta1, every)
-        return [f[nms(f.boxes, scores(f), f.labels, theta1)[:most]] for f in found]
+        valid = pad_sequence([f.labels >= 0 for f in found], batch_first=True)
+        boxes, score, labels = (
+            pad_sequence(each, batch_first=True)
+            for each in ([f.boxes for f in found], [scores(f) for f in found], [f.labels for f in found])
+        )
+        return [f[k] for f, k in zip(found, nms_batch(boxes, score, labels, valid, theta1, most), strict=True)]
     assert isinstance(output, DenseOutput)
     bound = torch.tensor(tau).logit().item()
     sure = output.logits.masked_fill(output.logits <= bound, -torch.inf)
