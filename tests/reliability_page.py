@@ -83,6 +83,11 @@ examples of each in `make test`, 500 in `make test-slow`; of these the ones of t
 recipes and of odd checkpoints have not been run at 500 to the end since the last defects were mended. atheris (3.0,
 coverage-guided) was tried by hand for a minute on four readers (packed networks, COCO, VOC, results.csv) and found
 nothing that these had not; it is no dependency.
+
+## Memory
+`tests/engine/test_memory.py` (slow) trains 3,000 steps with all that watches by default, ten validations and saves: from
+step 780 on the process grew by 0.3 MB in 1,000 steps (2026-11-21, one CPU, torch 2.15.0); the test's limit is 1. Every
+log line has the memory, and the run's page says how fast it grows.
 """
 
 
