@@ -85,8 +85,8 @@ coverage-guided) was tried by hand for a minute on four readers (packed networks
 nothing that these had not; it is no dependency.
 
 ## Memory
-`tests/engine/test_memory.py` (slow) trains 3,000 steps with all that watches by default, ten validations and saves: from
-step 780 on the process grew by 0.3 MB in 1,000 steps (2026-11-21, one CPU, torch 2.15.0); the test's limit is 1. Every
+`tests/engine/test_memory.py` (slow) trains 3,000 steps with all that watches by default, ten validations and saves:
+from step 780 on the process grew by 0.3 MB in 1,000 steps (2026-11-21, one CPU, torch 2.15.0); the test's limit is 1. Every
 log line has the memory, and the run's page says how fast it grows.
 """
 
