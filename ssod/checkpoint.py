@@ -119,10 +119,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_networks(content: dict[str, Any], path: str | Path) -> None:
     """Raises CheckpointError where what describes the networks is not of the form at the top of this file."""
-    names, networks = content.get("names"), content.get("networks")
+    names, networks, spec = content.get("names"), content.get("networks"), content.get("spec")
     sound = {
-        "spec": isinstance(content.get("spec"), dict),
+        "spec": isinstance(spec, dict),
         "names": isinstance(names, list) and all(isinstance(n, str) for n in names),
+        "num_classes": isinstance(spec, dict) and isinstance(names, list) and spec.get("num_classes") == len(names),
         "imgsz": isinstance(content.get("imgsz"), int | list | tuple),
         "use": isinstance(content.get("use"), str),
         "metrics": isinstance(content.get("metrics"), dict),

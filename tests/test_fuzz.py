@@ -331,6 +331,25 @@ def test_a_checkpoint_of_odd_values_gives_a_detector_or_one_sentence(
     one()
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"options": {"head_convs": 10**6}}, "detector.head_convs=1000000 is not valid"),
+        ({"options": {"fpn_channels": 10**5}}, "detector.fpn_channels=100000 is not valid"),
+        ({"name": "deformable_detr", "options": {"encoder_layers": 10**6}}, "detector.encoder_layers=1000000 is not"),
+        ({"num_classes": 10**8}, "its 'num_classes' is not one"),
+    ],
+)
+@pytest.mark.fault(27)
+def test_a_checkpoint_of_endless_layers_is_refused_before_they_are_made(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    made = content()
+    save_checkpoint(made | {"spec": made["spec"] | change}, tmp_path / "endless.pt")
+    with pytest.raises(UserError, match=sentence):
+        load_detector(tmp_path / "endless.pt")
+
+
 def with_card(raw: bytes, card: dict[str, Any]) -> bytes:
     """A packed network whose card is another one, signed as the writer signs."""
     from ssod.packed import _digest, _parts

@@ -27,7 +27,10 @@ from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, SlotOut
 
 
 class DetectorOptions(BaseModel):
-    """Options of one detector (`detector.NAME=VALUE`); each detector file owns a subclass."""
+    """Options of one detector (`detector.NAME=VALUE`); each detector file owns a subclass.
+
+    Whatever a network grows with has an upper bound: a checkpoint from a stranger may name any number of layers.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -48,13 +48,13 @@ class DeformableDETROptions(DetectorOptions):
     half_scale: bool = Field(
         False, description="one pyramid level below: a half-size image then has every stride of the full one"
     )
-    width: int = Field(256, ge=16, description="numbers per query and per cell")
-    heads: int = Field(8, ge=1, description="attention heads")
-    points: int = Field(4, ge=1, description="cells sampled per head and level")
-    feed_forward: int = Field(1024, ge=8, description="hidden width of the feed-forward layers")
-    encoder_layers: int = Field(6, ge=0, description="layers of the encoder")
-    decoder_layers: int = Field(6, ge=1, description="layers of the decoder")
-    queries: int = Field(300, ge=1, description="most objects of one image")
+    width: int = Field(256, ge=16, le=1024, description="numbers per query and per cell")
+    heads: int = Field(8, ge=1, le=64, description="attention heads")
+    points: int = Field(4, ge=1, le=64, description="cells sampled per head and level")
+    feed_forward: int = Field(1024, ge=8, le=8192, description="hidden width of the feed-forward layers")
+    encoder_layers: int = Field(6, ge=0, le=24, description="layers of the encoder")
+    decoder_layers: int = Field(6, ge=1, le=24, description="layers of the decoder")
+    queries: int = Field(300, ge=1, le=10_000, description="most objects of one image")
     box_refine: bool = Field(True, description="each decoder layer starts from the boxes of the one before")
     two_stage: bool = Field(
         True, description="queries start from the encoder's best proposals, not from learned places"

@@ -49,8 +49,10 @@ class FasterRCNNOptions(BoxOptions):
         None, description="one box per proposal instead of one per class; default: only with codec bucket"
     )
     lowest_stride: Literal[4, 8] = Field(4, description="stride of the lowest of the five levels")
-    fpn_channels: int = Field(256, ge=8, description="width of the pyramid and of the RPN")
-    box_head_width: int = Field(1024, ge=8, description="width of the two fully connected layers of the RoI head")
+    fpn_channels: int = Field(256, ge=8, le=1024, description="width of the pyramid and of the RPN")
+    box_head_width: int = Field(
+        1024, ge=8, le=8192, description="width of the two fully connected layers of the RoI head"
+    )
     anchor_scale: float | None = Field(
         None, gt=0, description="side of the square anchor in strides; default: what gives 32 .. 512 pixels"
     )

@@ -36,8 +36,8 @@ class FCOSOptions(BoxOptions):
     anchor_scale: float = Field(
         8.0, gt=0, description="codecs other than giou: side, in strides, of the square that codes refer to"
     )
-    fpn_channels: int = Field(256, ge=8, description="width of the pyramid and of the head")
-    head_convs: int = Field(4, ge=0, description="3x3 convolutions before each prediction")
+    fpn_channels: int = Field(256, ge=8, le=1024, description="width of the pyramid and of the head")
+    head_convs: int = Field(4, ge=0, le=16, description="3x3 convolutions before each prediction")
     head_groups: int | None = Field(
         None, ge=1, description="groups of the group norm in the head; default: 8 channels a group, at most 32 groups"
     )

@@ -18,7 +18,7 @@ from ssod.structures import Pyramid
 
 class BoxOptions(DetectorOptions):
     codec: Literal["l1", "giou", "gaussian", "bucket"] = Field("l1", description="how boxes are coded and learned")
-    buckets: int = Field(30, ge=2, description="codec bucket: intervals a side, K")
+    buckets: int = Field(30, ge=2, le=200, description="codec bucket: intervals a side, K")
     bucket_scale: float = Field(3.0, ge=1, description="codec bucket: segments reach to the candidate scaled by this")
     box_loss_weight: float = Field(1.0, ge=0, description="factor of the box loss; 10 suits giou on an RoI head")
     rank_by_quality: bool = Field(

@@ -32,8 +32,8 @@ BACKGROUND_IOU, FOREGROUND_IOU = 0.4, 0.5  # section 4.1; between them an anchor
 
 class RetinaNetOptions(BoxOptions):
     anchor_scale: float = Field(4.0, gt=0, description="side of the smallest square anchor of a level, in strides")
-    fpn_channels: int = Field(256, ge=8, description="width of the pyramid and of the head")
-    head_convs: int = Field(4, ge=0, description="3x3 convolutions before each prediction")
+    fpn_channels: int = Field(256, ge=8, le=1024, description="width of the pyramid and of the head")
+    head_convs: int = Field(4, ge=0, le=16, description="3x3 convolutions before each prediction")
     head_groups: int | None = Field(None, ge=1, description="groups of a group norm in the head; default: no norm")
     focal_alpha: float = Field(0.25, ge=0, le=1, description="weight of positives in the focal loss")
     focal_gamma: float = Field(2.0, ge=0, description="how strongly the focal loss turns from easy candidates")
