@@ -341,11 +341,11 @@ class SSOD:
         """
         given = options_of(locals())
         from ssod.config import load_config
-        from ssod.engine.report import report
+        from ssod.engine.report import report, run_of
 
         self._ready()
         assert self.path is not None
-        return report(load_config("report", {"run": str(self.path.parent.parent)} | given))
+        return report(load_config("report", {"run": str(run_of(self.path))} | given))
 
     def info(self, verbose: bool = True) -> Info:
         """What the model is: detector, classes, image size, layers, parameters, GFLOPs; printed unless verbose=False.

@@ -51,6 +51,16 @@ def report(config: ReportConfig, say: Callable[[str], None] = print) -> Path:
     return write_comparison([read_run(f) for f in folders], Path(config.out or parent / "comparison.html"))
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in. Raises UserError where it lies in none."""
+    folder = checkpoint.parent.parent
+    if not is_run(folder):
+        raise UserError(
+            f"{checkpoint} lies in no run folder, as RUN/weights/best.pt does, so there is no run to tell of."
+        )
+    return folder
+
+
 def find_runs(given: Sequence[str]) -> tuple[list[Path], list[str]]:
     """(run folders, what was left out): of each path itself if it is a run, else the runs up to two folders below it.
 

@@ -167,7 +167,7 @@ def test_nothing_is_written_where_the_data_lie(
 
 
 @pytest.mark.fault(18)
-@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize("at", [pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_run_that_failed_in_a_validation_begins_with_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     undisturbed = SemiTrainer(load_config("train", tiny | {"name": "whole"})).train()
     broken = SemiTrainer(load_config("train", tiny | {"name": "broken"}))
