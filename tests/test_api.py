@@ -236,6 +236,7 @@ def test_resume(recipe: Path) -> None:
         SSOD(recipe).train(resume=first.folder)
 
 
+@pytest.mark.slow
 def test_every_rank_knows_the_result(recipe: Path) -> None:
     script = recipe.with_name("ranks.py")
     script.write_text(

@@ -1,4 +1,4 @@
-"""Inference on one thread of a CPU: our exported ONNX files against our detectors, eager and compiled, and against
+"""Inference on one thread of a CPU: our exported files against our detectors, eager and compiled, and against
 torchvision's own export.
 
     python tests/bench/bench_export.py --size 320 --rounds 9 [--nodes 8]
@@ -11,6 +11,9 @@ Deformable DETR ends before NMS and boxes in pixels, so ours has no peer here.
 The weights are random but telling (tests/detectors/torchvision_peers.py): with fresh ones no score passes the threshold
 and there is nothing to sort or suppress. How many pass is printed; `--shift`, added to the class logits, changes it.
 
+int8 is calibrated on the one image: this is about time. Where OpenVINO is installed its files are timed, too; that of
+half precision computes in bf16 on CPUs that can.
+
 --beside FILE.onnx times other programs' files of one image input in the same rounds, such as ultralytics'
 `YOLO("yolo11x.yaml").export(format="onnx", imgsz=320, nms=True)`, which is no dependency of anything here.
 
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import platform
@@ -30,7 +34,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -46,9 +50,12 @@ from torch import Tensor, nn
 from torchvision_peers import FIRST_LABEL, copy_weights, peer_of
 
 from ssod import __version__
+from ssod.deploy.array_model import ArrayModel
 from ssod.deploy.contract import Card
 from ssod.deploy.graph import export_onnx
 from ssod.deploy.onnx_model import OnnxModel
+from ssod.deploy.openvino_model import OpenVinoModel, write_openvino
+from ssod.deploy.quantize import quantize
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.nn.compiled import compile_networks
@@ -58,6 +65,14 @@ NUM_CLASSES = 80
 GOAL = 0.667  # 1.5 times as fast
 CONF, MAX_DET = 0.05, 100
 IOU = {"fcos": 0.6, "retinanet": 0.5, "faster_rcnn": 0.5, "deformable_detr": 0.5}  # torchvision's
+# What the table calls each of our files, and the side that runs it.
+FILES = {
+    "ONNX": "ours",
+    "ONNX, int8": "int8",
+    "OpenVINO": "openvino",
+    "OpenVINO, half": "openvino half",
+    "OpenVINO, int8": "openvino int8",
+}
 BACKGROUND = {"faster_rcnn": 1}  # rows of the class bias that are none of a class, in front
 
 
@@ -89,7 +104,7 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}; ResNet-50, {args.size} px, batch 1, {NUM_CLASSES} classes, logits "
         f"{args.shift:+g}, medians of {args.rounds} rounds"
     )
-    lines, others, rows = [], [], []
+    lines, smaller, others, rows = [], [], [], []
     for name in args.detectors:
         with tempfile.TemporaryDirectory() as folder:
             sides, passing = make_sides(name, args.size, args.shift, Path(folder), compiled=not args.quick)
@@ -105,6 +120,7 @@ def main() -> None:
                 if args.nodes and side.file and side.feed:
                     print(f"  {who}: {costly(side.file, side.feed, args.rounds, args.nodes)}")
         lines.append(row(name, times))
+        smaller.append(row_of_files(name, times))
         rows += table_rows(name, times)
         others += [f"{name} / {file.stem}: {times['ours'] / times[file.stem]:.2f}" for file in args.beside]
     print(
@@ -112,6 +128,8 @@ def main() -> None:
         "ours: eager / ONNX | their eager / our ONNX | their ONNX / our ONNX |"
     )
     print("|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+    print("\nour eager / our files\n\n| | " + " | ".join(FILES) + " |\n|---" + "|---" * len(FILES) + "|")
+    print("\n".join(smaller))
     save(rows, args.json)
     print("\n".join(others))
     print(f"load at the end {os.getloadavg()[0]:.1f}")
@@ -125,9 +143,17 @@ def row(name: str, times: dict[str, float]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def row_of_files(name: str, times: dict[str, float]) -> str:
+    """How many times as fast as our eager each of our files is."""
+    cells = [f"{times['eager'] / times[who]:.2f}" if who in times else "-" for who in FILES.values()]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
 def table_rows(name: str, times: dict[str, float]) -> list[Row]:
     mine, eager = times["ours"], times.get("theirs, eager")
-    rows = [Row(f"{name} in onnxruntime / our eager", mine, times["eager"])]
+    rows = [
+        Row(f"{name}, {file} / our eager", times[who], times["eager"]) for file, who in FILES.items() if who in times
+    ]
     if "compiled" in times:
         rows.append(Row(f"{name} compiled / our eager", times["compiled"], times["eager"]))
     if eager is not None:
@@ -148,15 +174,9 @@ def make_sides(name: str, size: int, shift: float, folder: Path, compiled: bool)
         copy_weights(peer, detector)
         set_limits(peer, name)
     passing = len(detector(image, conf=CONF, iou=1.0, max_det=1 << 30)[0])
-    export_onnx(detector, folder / "ours.onnx", card(name, detector, size))
-    model = OnnxModel(folder / "ours.onnx", "cpu")
     pixels, valid = image.numpy(), np.array([[size, size]], np.int32)
-    sides = {
-        "eager": Side(lambda: len(detector(image, conf=CONF, iou=IOU[name], max_det=MAX_DET)[0])),
-        "ours": Side(
-            lambda: int(model.run(pixels, valid).num_dets[0, 0]), folder / "ours.onnx", model.feed(pixels, valid)
-        ),
-    }
+    sides = {"eager": Side(lambda: len(detector(image, conf=CONF, iou=IOU[name], max_det=MAX_DET)[0]))}
+    sides |= our_files(detector, folder, card(name, detector, size), pixels, valid)
     if compiled:
         twin = copy.deepcopy(detector)
         compile_networks([twin], torch.device("cpu"))
@@ -171,6 +191,32 @@ def make_sides(name: str, size: int, shift: float, folder: Path, compiled: bool)
         sides["theirs, eager"] = Side(lambda: eager(peer, image[0]))
         sides["theirs"] = Side(lambda: len(session.run(None, feed)[0]), file, feed)
     return sides, passing
+
+
+def our_files(detector: Detector, folder: Path, card: Card, pixels: np.ndarray, valid: np.ndarray) -> dict[str, Side]:
+    """Our detector as `ssod export` would write it: ours.onnx in `folder`, and its other forms for a CPU."""
+
+    def side(model: ArrayModel, file: Path | None = None) -> Side:
+        return Side(lambda: int(model.run(pixels, valid).num_dets[0, 0]), file, model.feed(pixels, valid))
+
+    fp32, int8 = folder / "ours.onnx", folder / "int8.onnx"
+    export_onnx(detector, fp32, card)
+    ours = OnnxModel(fp32, "cpu")
+    feed = ours.feed(pixels, valid)
+    quantize(fp32, int8, [feed], "onnx")
+    sides = {"ours": side(ours, fp32), "int8": side(OnnxModel(int8, "cpu"), int8)}
+    if importlib.util.find_spec("openvino"):
+        fp32, int8 = folder / "standard.onnx", folder / "standard.int8.onnx"
+        export_onnx(detector, fp32, replace(card, target="onnx"))
+        quantize(fp32, int8, [feed], "onnx")
+        for who, precision, graph in (
+            ("openvino", "fp32", fp32),
+            ("openvino half", "fp16", fp32),
+            ("openvino int8", "int8", int8),
+        ):
+            write_openvino(graph, folder / who, replace(card, target="onnx", precision=precision))
+            sides[who] = side(OpenVinoModel(folder / who))
+    return sides
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ def test_a_telling_quality_beats_a_deaf_score_beyond_its_interval() -> None:
     assert correlations(judged, np.ones(len(judged.p), bool)) == told  # the same draws every time
 
 
+@pytest.mark.slow
 def test_a_report_from_checkpoints(tiny: dict[str, object], tmp_path: Path) -> None:
     detector = {"name": "retinanet", "fpn_channels": 16, "head_convs": 1, "codec": "bucket", "buckets": 4}
     trainer = SemiTrainer(load_config("train", {**tiny, "detector": detector, "iters": 4, "burn_in": 2, "conf": 0.001}))

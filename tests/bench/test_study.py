@@ -87,6 +87,7 @@ def test_a_study_does_what_it_can_once_and_goes_on(grid: Path, capsys: pytest.Ca
     assert json.loads(again) == json.loads(lines[1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_a_stopped_study_leaves_all_saved(grid: Path) -> None:
     words = [sys.executable, str(STUDY), str(grid), f"out={grid.parent / 'out'}", "device=cpu", "jobs=1"]
     words += ["iters=100000", "arms=supervised", "val_interval=100000"]

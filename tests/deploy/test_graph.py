@@ -55,8 +55,8 @@ SLOW = pytest.mark.slow
 FIXED = (192, 256)
 # A graph for any size takes more than twice as long to write.
 ALL = [
-    *(pytest.param((n, "tensorrt", FIXED), id=f"{n}-tensorrt-fixed") for n in SMALL if n != "faster_rcnn"),
-    pytest.param(("faster_rcnn", "tensorrt", FIXED), id="faster_rcnn-tensorrt-fixed", marks=SLOW),
+    *(pytest.param((n, "tensorrt", FIXED), id=f"{n}-tensorrt-fixed") for n in ("fcos", "deformable_detr")),
+    *(pytest.param((n, "tensorrt", FIXED), id=f"{n}-tensorrt-fixed", marks=SLOW) for n in ("retinanet", "faster_rcnn")),
     pytest.param(("faster_rcnn", "onnx", FIXED), id="faster_rcnn-onnx-fixed", marks=SLOW),
     pytest.param(("faster_rcnn", "onnxruntime", FIXED), id="faster_rcnn-onnxruntime-fixed"),
     pytest.param(("faster_rcnn", "onnxruntime", None), id="faster_rcnn-onnxruntime", marks=SLOW),

@@ -307,6 +307,7 @@ def test_stopped_while_writing_out(checkpoint: Path, photos: Path, tmp_path: Pat
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_bytes_and_share_the_work(checkpoint: Path, many: Path, tmp_path: Path) -> None:
     options = {"save_interval": 4, "format": "voc"}
     cfg = config(checkpoint, many, tmp_path / "out", **options)
@@ -350,7 +351,7 @@ def rows(plan: Plan, boxes: int) -> Iterator[str]:
         yield json.dumps({"file": f"{i // 100:05d}/{i:07d}.png", "width": 64, "height": 48, "objects": objects}) + "\n"
 
 
-@pytest.mark.parametrize("format_", ["coco", "yolo", "voc"])
+@pytest.mark.parametrize("format_", ["coco", *(pytest.param(f, marks=pytest.mark.slow) for f in ("yolo", "voc"))])
 def test_writing_out_takes_the_memory_of_one_image(tmp_path: Path, format_: str) -> None:
     tries = count()
 

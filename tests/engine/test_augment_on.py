@@ -20,6 +20,7 @@ def weights(trainer: SemiTrainer) -> dict[str, torch.Tensor]:
     return load_checkpoint(trainer.folder / "weights" / "last.pt")["train"]["strategy"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(18)
 def test_a_run_that_paints_on_the_device_resumes_bit_exactly(tiny: Tiny) -> None:
     tiny |= {"augment_on": "device", "accumulate": 2}

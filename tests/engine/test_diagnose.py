@@ -109,6 +109,7 @@ def test_labels_lost_in_their_view_stop_a_strict_run_which_goes_on_when_resumed(
     assert alarms(resumed.folder)["labels_clipped"]["step"] == 3
 
 
+@pytest.mark.slow
 def test_too_many_boxes_and_none_of_some_classes(tiny: Tiny) -> None:
     """An untrained teacher with a threshold of nothing."""
     more = {"strategy": {"name": "mean_teacher", "tau": 0.005, "tau_low": 0.005}, "batch_unlabeled": 8}

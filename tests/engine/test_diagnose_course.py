@@ -107,6 +107,7 @@ def test_a_teacher_too_slow_for_the_run(tiny: Tiny) -> None:
     assert "slow_teacher" not in alarms(followed.folder)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_stays_behind(tiny: Tiny) -> None:
     """Two images by heart, validated on themselves: the student learns fast, its average of all steps does not."""
     heart = {"optimizer": "adamw", "lr0": 2e-3, "ema_decay": 0.99999, "burn_in": 1, "iters": 100, "labeled": "all"}

@@ -114,8 +114,11 @@ def test_the_teacher_of_stage_two_is_the_network_of_stage_one(small: Tiny) -> No
 
 @pytest.mark.parametrize(
     ("name", "stop", "more"),
-    [("fcos", 2, {}), ("fcos", 3, {"ensemble": 2}), ("faster_rcnn", 5, {"teacher": "ema"})],
-    ids=["in stage one", "between the stages", "in stage two"],
+    [
+        pytest.param("fcos", 2, {}, id="in stage one", marks=pytest.mark.slow),
+        pytest.param("fcos", 3, {"ensemble": 2}, id="between the stages"),
+        pytest.param("faster_rcnn", 5, {"teacher": "ema"}, id="in stage two", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.fault(18)
 def test_a_resumed_run_equals_one_that_was_never_stopped(small: Tiny, name: str, stop: int, more: Tiny) -> None:
@@ -239,6 +242,7 @@ dist.close()
 """
 
 
+@pytest.mark.slow
 def test_the_sums_are_those_of_all_ranks(tmp_path: Path) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
@@ -247,6 +251,7 @@ def test_the_sums_are_those_of_all_ranks(tmp_path: Path) -> None:
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_both_students(small: Tiny, tmp_path: Path) -> None:
     config = tmp_path / "two.yaml"
     more = {"strategy": RPL | {"ensemble": 2}, "batch": 4, "iters": 4, "burn_in": 2}
