@@ -256,11 +256,13 @@ class Weights:
     """Per-candidate weights [M] of the class and the box loss; None = 1.
 
     learn_quality  False: these boxes teach where sides lie, and nothing about how certain that is. See `Codec.loss`.
+    learn_classes  False: `cls` is 0 everywhere, and a detector need not find out what it would think of background
     """
 
     cls: Tensor | None = None
     box: Tensor | None = None
     learn_quality: bool = True
+    learn_classes: bool = True
 
 
 Weigh = Callable[[Candidates], Weights]

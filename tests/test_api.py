@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
     "labeled": "25%",
     "detector": {"name": "fcos", "fpn_channels": 32, "head_convs": 1},
-    "backbone": "resnet10t",
+    "backbone": "test_resnet",
     "strategy": {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01},
     "imgsz": 64,
     "iters": 4,
@@ -218,7 +218,7 @@ def test_a_checkpoint_trains_onward_as_what_it_is(run: tuple[SSOD, Trained], rec
     onward = SSOD(str(model.path), device="cpu")
     args = args_of(onward.train(shapes_data, lr0=0.002, detector={"box_loss_weight": 2.0}, **quick))
     assert args["weights"] == str(model.path)
-    assert (args["backbone"], args["imgsz"], args["device"], args["lr0"]) == ("resnet10t", 64, "cpu", 0.002)
+    assert (args["backbone"], args["imgsz"], args["device"], args["lr0"]) == ("test_resnet", 64, "cpu", 0.002)
     options = args["detector"]
     assert (options["fpn_channels"], options["head_convs"], options["box_loss_weight"]) == (32, 1, 2.0)
     assert args["batch"] == 2
@@ -277,7 +277,7 @@ def test_info(run: tuple[SSOD, Trained], capsys: pytest.CaptureFixture[str]) -> 
     detector, _ = load_detector(model.path)
     assert told.parameters == sum(p.numel() for p in detector.parameters())
     assert told.names == list(NAMES)
-    assert (told.detector, told.backbone, told.imgsz, told.precision) == ("fcos", "resnet10t", 64, "fp32")
+    assert (told.detector, told.backbone, told.imgsz, told.precision) == ("fcos", "test_resnet", 64, "fp32")
     assert told.gflops is not None
     assert 0.01 < told.gflops < 1
     assert f"{told.parameters:,} parameters" in capsys.readouterr().out

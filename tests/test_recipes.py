@@ -186,10 +186,10 @@ def test_co_mining_recipes_differ_from_their_baseline_by_the_strategy(name: str)
 
 
 def test_the_detectors_have_co_minings_losses_by_default() -> None:
-    found = build_detector("retinanet", 3, "resnet10t").options
+    found = build_detector("retinanet", 3, "test_resnet").options
     assert (found.focal_alpha, found.focal_gamma, found.smooth_l1_beta) == (0.25, 2.0, 0.1)
     assert (found.codec, found.mean_of_images, found.box_loss_weight) == ("l1", False, 1.0)
-    fcos = build_detector("fcos", 3, "resnet10t").options
+    fcos = build_detector("fcos", 3, "test_resnet").options
     assert (fcos.focal_alpha, fcos.focal_gamma, fcos.codec, fcos.center_radius) == (0.25, 2.0, "giou", 1.5)
 
 

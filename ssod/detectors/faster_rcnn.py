@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ssod import dist
 from ssod.detectors.base import RegionOutput, candidate_weights, check_targets, full_precision
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
+from ssod.detectors.sampled import Sampled
 from ssod.errors import UserError
 from ssod.nn.backbone import Backbone, MakeBackbone, MissingStrides
 from ssod.nn.dense_head import per_anchor
@@ -29,7 +30,7 @@ from ssod.ops.codecs import L1Codec
 from ssod.ops.dense import codes_of
 from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
 from ssod.ops.forms import graph_target
-from ssod.ops.host import owners, true_rows
+from ssod.ops.host import owners
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features, roi_strides
 from ssod.ops.suppression import nms_batch, nms_levels
@@ -261,14 +262,14 @@ class FasterRCNN(PyramidDetector):
         best, index = best_of(torch.cat(scores, dim=1), self.options.test_proposals)
         return take_boxes(torch.cat(boxes, dim=1), index), best > NO_REGION
 
-    def _sample_anchors(self, output: DenseOutput, targets: list[Instances]) -> _Samples:
+    def _sample_anchors(self, output: DenseOutput, targets: list[Instances]) -> Sampled:
         # Image by image: [B, P, N] overlaps of all anchors would be gigabytes for large images.
         matched = torch.stack([assign_iou(output.anchors, t.boxes.float(), 0.3, 0.7, True) for t in targets])  # [B, P]
         take, use = sample_balanced(matched, self.options.rpn_samples, self.options.rpn_positive)
         image = torch.arange(len(take), device=take.device)[:, None].expand(take.shape)
-        return _Samples(take.flatten(), image.flatten(), matched.gather(1, take).flatten(), use.flatten())
+        return Sampled(take.flatten(), image.flatten(), matched.gather(1, take).flatten(), use.flatten())
 
-    def _sample_regions(self, output: DenseOutput, targets: list[Instances]) -> _Samples:
+    def _sample_regions(self, output: DenseOutput, targets: list[Instances]) -> Sampled:
         threshold = self.options.roi_foreground
         boxes, matched, use = [], [], []
         proposals = self._propose(output, self.options.train_pre_nms, self.options.train_proposals)
@@ -281,10 +282,10 @@ class FasterRCNN(PyramidDetector):
             use.append(used[0])
         every = torch.cat(boxes)
         strides = roi_strides(every, list(self._roi_maps(output.pyramid)))
-        return _Samples(every, _image_of(boxes), torch.cat(matched), torch.cat(use), strides)
+        return Sampled(every, _image_of(boxes), torch.cat(matched), torch.cat(use), strides)
 
     def _rpn_loss(
-        self, output: DenseOutput, samples: _Samples, padded: PaddedTargets, weigh: Weigh | None
+        self, output: DenseOutput, samples: Sampled, padded: PaddedTargets, weigh: Weigh | None
     ) -> dict[str, Tensor]:
         anchor, image, fg = samples.what, samples.image, samples.foreground
         candidates = self._candidates(output.anchors[anchor], image, samples.matched, padded, "rpn")
@@ -302,20 +303,25 @@ class FasterRCNN(PyramidDetector):
         }
 
     def _roi_loss(
-        self, output: DenseOutput, samples: _Samples, padded: PaddedTargets, weigh: Weigh | None
+        self, output: DenseOutput, samples: Sampled, padded: PaddedTargets, weigh: Weigh | None
     ) -> dict[str, Tensor]:
         fg = samples.foreground
         candidates = self._candidates(samples.what, samples.image, samples.matched, padded, "roi")
         weights = candidate_weights(candidates, padded, weigh)
-        logits, codes = self._region_head(output.pyramid, samples.what, samples.image, samples.of_stride)
-        cls = self._class_loss(logits, candidates.labels)
+        if weights.learn_classes:
+            logits, codes = self._region_head(output.pyramid, samples.what, samples.image, samples.of_stride)
+            cls = weighted_sum(self._class_loss(logits, candidates.labels), weights.cls)
+            codes = codes[fg]
+        else:  # background has no box: three quarters of the work and more are saved
+            logits, codes = self._region_head(output.pyramid, samples.what[fg], samples.image[fg], samples.fg_of_stride)
+            cls = 0 * logits.sum()
 
         boxes = padded.boxes[candidates.image[fg], candidates.matched[fg]]
         box_weight = None if weights.box is None else weights.box[fg]
-        own_codes = self._codes_for(codes[fg], candidates.labels[fg])  # [F, D], of the class each is assigned
+        own_codes = self._codes_for(codes, candidates.labels[fg])  # [F, D], of the class each is assigned
         box = self.roi_codec.loss(own_codes, candidates.boxes[fg], boxes, box_weight, weights.learn_quality)
         return {
-            "cls": weighted_sum(cls, weights.cls) / candidates.divisor,
+            "cls": cls / candidates.divisor,
             "box": box * self.options.box_loss_weight / candidates.divisor,
         }
 
@@ -392,42 +398,3 @@ class _RpnOutput(DenseOutput):
         part = super().part(rows)
         assert isinstance(part, _RpnOutput)
         return replace(part, proposed={k: v[rows] for k, v in self.proposed.items()})
-
-
-@dataclass
-class _Samples:
-    """Anchors or regions of all images that a loss looks at; S are drawn, and after `settle` M are left.
-
-    what        int64 [S] anchors, or float32 [S, 4] boxes
-    image       int64 [S]
-    matched     int64 [S]  target, -1 = background
-    use         bool [S]   False where there were too few to draw
-    stride      int64 [S]  of regions the map that each is cut from, of anchors none
-    foreground  int64 [F]  those with a target, after `settle`
-    of_stride   int64 [n] each, those of each of `strides`, after `settle`
-    """
-
-    what: Tensor
-    image: Tensor
-    matched: Tensor
-    use: Tensor
-    stride: Tensor | None = None
-    foreground: Tensor = field(init=False)
-    of_stride: list[Tensor] = field(init=False)
-
-    def settle(self, other: _Samples, strides: list[int]) -> None:
-        """Drop what is not used, here and there: a GPU is waited for once for both."""
-        both = (self, other)
-        found = iter(true_rows([mask for s in both for mask in s._masks(strides)]))
-        for samples in both:
-            rows = next(found)
-            place = samples.use.cumsum(0) - 1  # [S] where each is afterwards
-            samples.foreground = place[next(found)]
-            samples.of_stride = [] if samples.stride is None else [place[next(found)] for _ in strides]
-            samples.what, samples.image, samples.matched = (
-                t[rows] for t in (samples.what, samples.image, samples.matched)
-            )
-
-    def _masks(self, strides: list[int]) -> list[Tensor]:
-        of_stride = [] if self.stride is None else [self.use & (self.stride == s) for s in strides]
-        return [self.use, self.use & (self.matched >= 0), *of_stride]

@@ -81,17 +81,18 @@ def _has_triton() -> bool:
 
 
 def _plain(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    batch, queries, heads, _, points, _ = locations.shape
+    batch, queries, heads, *_ = locations.shape
     dim = value.shape[-1]
     work = torch.promote_types(value.dtype, torch.float32)
-    grids = (2 * locations.to(work) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B * M, Q, T, 2]
+    # Queries last: the sum over the points adds long rows.
+    grids = (2 * locations.to(work) - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [L, B * M, T, Q, 2]
+    shares = weights.to(work).permute(3, 0, 2, 4, 1).flatten(1, 2).unsqueeze(2)  # [L, B * M, 1, T, Q]
     levels = value.to(work).split([h * w for h, w in shapes], dim=1)
     total = torch.zeros(batch * heads, dim, queries, dtype=work, device=value.device)
-    for (h, w), level, grid, weight in zip(shapes, levels, grids, weights.to(work).unbind(3), strict=True):
+    for (h, w), level, grid, share in zip(shapes, levels, grids, shares, strict=True):
         maps = level.permute(0, 2, 3, 1).reshape(batch * heads, dim, h, w)
         sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        weight = weight.transpose(1, 2).reshape(batch * heads, 1, queries, points)
-        total = total + (sampled * weight).sum(-1)  # [B * M, D, Q]
+        total = total + (sampled * share).sum(2)  # [B * M, D, Q]
     return total.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
 

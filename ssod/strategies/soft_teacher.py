@@ -162,7 +162,7 @@ class SoftTeacher(TeacherStudent):
 def weigh_boxes(candidates: Candidates) -> Weights:
     """The regions' boxes and nothing else."""
     none = candidates.boxes.new_zeros(len(candidates.labels))
-    return Weights(cls=none, box=none if candidates.stage == "rpn" else None)
+    return Weights(cls=none, box=none if candidates.stage == "rpn" else None, learn_classes=False)
 
 
 def jittered(boxes: Tensor, times: int, jitter: float, generator: torch.Generator | None = None) -> Tensor:

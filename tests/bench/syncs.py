@@ -277,7 +277,7 @@ def step_counts(
         "data": str(data),
         "labeled": images,
         "detector": {"name": detector, **DETECTORS[detector], **needs(detector, strategy)},
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "strategy": {"name": strategy, **STRATEGIES[strategy], **without},
         "imgsz": 64,
         "iters": 3,

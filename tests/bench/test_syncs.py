@@ -10,6 +10,7 @@ from syncs import CUDA, DETECTORS, PAIRS, OnDevice, Syncs, move, step_counts
 
 from ssod.detectors import build_detector
 from ssod.nn.deform_attn import attention_form
+from ssod.strategies.soft_teacher import weigh_boxes
 from ssod.structures import Instances
 
 # One of each is whether the gradients are finite. The goal is 15; those above it look at the images more often.
@@ -111,7 +112,7 @@ def test_gradients_go_through() -> None:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_cuda_would_compute_is_what_the_cpu_does(name: str) -> None:
     torch.manual_seed(0)
-    model = build_detector(name, 3, "resnet10t", {**DETECTORS[name], **({"dropout": 0.0} if "detr" in name else {})})
+    model = build_detector(name, 3, "test_resnet", {**DETECTORS[name], **({"dropout": 0.0} if "detr" in name else {})})
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     some = Instances(torch.tensor([[4.0, 4, 30, 40], [30, 20, 60, 60]]), torch.tensor([0, 2]))
     targets = [some, Instances.empty()]
@@ -119,7 +120,10 @@ def test_what_cuda_would_compute_is_what_the_cpu_does(name: str) -> None:
     def look(device: torch.device | str) -> tuple[list[float], list[list[float]]]:
         torch.manual_seed(1)  # regions are drawn
         output = model.head(model.features(images.to(device)))
-        losses = model.loss(output, [t.to(device) for t in targets])
+        given = [t.to(device) for t in targets]
+        losses = model.loss(output, given) | {
+            f"{k} of boxes": v for k, v in model.loss(output, given, weigh_boxes).items()
+        }
         with torch.no_grad():
             found = model.decode(output, conf=0.01, iou=0.5, max_det=20)
         assert sum(map(len, found)) > 0

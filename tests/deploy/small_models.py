@@ -27,7 +27,7 @@ def card(**changes: Any) -> Card:
     values: dict[str, Any] = {
         "names": NAMES,
         "detector": "fcos",
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "weights": "student",
         "imgsz": 96,
         "size": None,

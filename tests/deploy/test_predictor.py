@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     networks = {}
     for name in ("student", "teacher"):
-        detector = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 32, "head_convs": 1})
+        detector = build_detector("fcos", 2, "test_resnet", {"fpn_channels": 32, "head_convs": 1})
         networks[name] = detector.state_dict()
     content = {"format": FORMAT, "spec": detector.spec, "names": NAMES, "imgsz": 96, "use": "teacher", "metrics": {}}
     path = tmp_path_factory.mktemp("model") / "best.pt"

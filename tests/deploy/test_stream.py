@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    detector = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 32, "head_convs": 1})
+    detector = build_detector("fcos", 2, "test_resnet", {"fpn_channels": 32, "head_convs": 1})
     content = {"format": FORMAT, "spec": detector.spec, "names": ["cat", "dog"], "imgsz": 96, "use": "student"}
     path = tmp_path_factory.mktemp("model") / "best.pt"
     save_checkpoint(content | {"metrics": {}, "networks": {"student": detector.state_dict()}}, path)

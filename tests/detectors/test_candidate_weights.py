@@ -27,7 +27,7 @@ IMAGES = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8, generator=to
 
 def small(name, **options):
     torch.manual_seed(0)
-    return build_detector(name, K, "resnet10t", SMALL[name] | options).eval()
+    return build_detector(name, K, "test_resnet", SMALL[name] | options).eval()
 
 
 def losses(model, weigh=None, targets=TARGETS):
@@ -115,3 +115,32 @@ def test_regions_are_refined_for_the_class_asked_for():
         assert not torch.allclose(own[b].boxes, other[b].boxes)
         rows = torch.arange(len(boxes[b]))
         torch.testing.assert_close(other[b].scores, probability[b][rows, other[b].labels])
+
+
+def test_without_classes_the_box_loss_is_the_same_and_background_is_not_looked_at():
+    model, rows, found = small("faster_rcnn"), [], []
+    model.fc1.register_forward_hook(lambda module, given, made: rows.append(len(made)))
+    for learn_classes in (True, False):
+
+        def weigh(candidates, learn_classes=learn_classes):
+            none = torch.zeros(len(candidates.labels))
+            box = none if candidates.stage == "rpn" else None
+            if candidates.stage == "roi":
+                rows.append(int((candidates.matched >= 0).sum()))
+            return Weights(cls=none, box=box, learn_classes=learn_classes)
+
+        model.zero_grad()
+        loss = losses(model, weigh)
+        sum(loss.values()).backward()
+        found.append(loss["box"].detach())
+        assert loss["cls"] == 0
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if learn_classes:
+            whole = gradients
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+    assert found[0] > 0
+    assert set(whole) == set(gradients), "several processes want a gradient of each in every step"
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7, msg=name)
+    foreground, all_of_them, again, fewer = rows
+    assert 0 < foreground == again == fewer < all_of_them

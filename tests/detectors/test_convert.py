@@ -151,7 +151,7 @@ def test_a_class_agnostic_box_head_is_taken_whole(tmp_path):
         (lambda: small("fcos", fpn_channels=64), r"made with detector.fpn_channels=32, this run has .*=64: give"),
         (lambda: small("fcos", head_convs=2), r"made with detector.head_convs=1, this run has detector.head_convs=2"),
         (lambda: small("fcos", codec="l1"), "made with detector.codec=giou, this run has detector.codec=l1"),
-        (lambda: fresh("fcos", "abc", "resnet18", SMALL["fcos"]), "give backbone=resnet10t"),
+        (lambda: fresh("fcos", "abc", "resnet18", SMALL["fcos"]), "give backbone=test_resnet"),
     ],
 )
 def test_our_checkpoint_of_another_architecture_is_refused(other, message, tmp_path):

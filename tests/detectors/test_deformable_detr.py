@@ -30,7 +30,7 @@ TARGETS = [
 
 def tiny(**options):
     torch.manual_seed(0)
-    return build_detector("deformable_detr", K, "resnet10t", TINY | {"dropout": 0.0} | options)
+    return build_detector("deformable_detr", K, "test_resnet", TINY | {"dropout": 0.0} | options)
 
 
 def images(size=128):
@@ -306,7 +306,7 @@ def test_dropout_acts_while_training_only():
 )
 def test_wrong_options_are_said_in_one_sentence(options, message):
     with pytest.raises(UserError, match=message) as error:
-        build_detector("deformable_detr", K, "resnet10t", options)
+        build_detector("deformable_detr", K, "test_resnet", options)
     assert "\n" not in str(error.value)
 
 

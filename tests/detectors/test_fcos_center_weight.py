@@ -21,7 +21,7 @@ GIOU = (1 - 80 / 304 + (352 - 304) / 352, 1 - 112 / 272 + (288 - 272) / 288)  # 
 
 def model_and_output(**options: object):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    model = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 32, "head_convs": 1} | options).eval()
+    model = build_detector("fcos", 2, "test_resnet", {"fpn_channels": 32, "head_convs": 1} | options).eval()
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with torch.no_grad():
         output: DenseOutput = model.head(model.features(images))

@@ -17,7 +17,7 @@ SMALL = {
 TARGETS = [Instances(torch.tensor([[8.0, 8, 40, 48], [30, 20, 90, 110]]), torch.tensor([0, 2])), Instances.empty()]
 
 
-def small(name, backbone="resnet10t", **options):
+def small(name, backbone="test_resnet", **options):
     torch.manual_seed(0)
     detector, own = SMALL[name]
     return build_detector(detector, 3, backbone, own | options).eval()

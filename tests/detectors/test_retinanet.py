@@ -16,7 +16,7 @@ TARGETS = [
 
 def model(**options):
     torch.manual_seed(0)
-    return build_detector("retinanet", 3, "resnet10t", OPTIONS | options).eval()
+    return build_detector("retinanet", 3, "test_resnet", OPTIONS | options).eval()
 
 
 @pytest.fixture

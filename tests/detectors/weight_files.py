@@ -34,7 +34,7 @@ def fresh(name, names, backbone="resnet50", options=None, **body):
 
 
 def small(name, names=("a", "b", "c"), **changes):
-    return fresh(name, names, "resnet10t", SMALL[name] | changes)
+    return fresh(name, names, "test_resnet", SMALL[name] | changes)
 
 
 def save_own(detector, names, path: Path) -> Path:

@@ -39,7 +39,15 @@ def tiny(tiny: Tiny) -> Tiny:
 @pytest.fixture(scope="module")
 def audited(shapes_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SemiTrainer, list[str]]:
     """A finished run with an audit, and what it has said."""
-    plain = {"backbone": "resnet10t", "iters": 6, "burn_in": 3, "batch": 2, "workers": 0, "amp": False, "plots": False}
+    plain = {
+        "backbone": "test_resnet",
+        "iters": 6,
+        "burn_in": 3,
+        "batch": 2,
+        "workers": 0,
+        "amp": False,
+        "plots": False,
+    }
     plain |= {"ema_decay": 0.5, "warmup_iters": 0, "val_interval": 3, "save_interval": 1, "device": "cpu"}
     plain |= {"data": str(shapes_data), "project": str(tmp_path_factory.mktemp("audited"))}
     trainer, said = SemiTrainer(load_config("train", plain | SMALL)), []

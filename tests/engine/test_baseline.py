@@ -37,7 +37,7 @@ def options(data: Path, project: Path, **more: Any) -> Tiny:
         "data": str(data),
         "labeled": "25%",
         "detector": FCOS,
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "strategy": {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01, "max_boxes": 20},
         "imgsz": 32,
         "iters": 5,

@@ -26,7 +26,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a mach
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained FCOS of 64 pixels for the drawn shapes."""
     torch.manual_seed(0)
-    detector = build_detector("fcos", len(SHAPES), "resnet10t", {"fpn_channels": 32, "head_convs": 1})
+    detector = build_detector("fcos", len(SHAPES), "test_resnet", {"fpn_channels": 32, "head_convs": 1})
     content = {"format": FORMAT, "spec": detector.spec, "names": list(SHAPES), "imgsz": 64, "use": "student"}
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     save_checkpoint(content | {"metrics": {}, "networks": {"student": detector.state_dict()}}, path)

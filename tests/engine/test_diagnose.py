@@ -169,7 +169,7 @@ def test_classes_without_a_label(tiny: Tiny, shapes_data: Path, tmp_path: Path) 
 )
 def test_weights_of_other_classes(tiny: Tiny, tmp_path: Path, names: list[str], burn_in: int, level: str) -> None:
     torch.manual_seed(0)
-    detector = build_detector("fcos", len(names), "resnet10t", {"fpn_channels": 32, "head_convs": 1})
+    detector = build_detector("fcos", len(names), "test_resnet", {"fpn_channels": 32, "head_convs": 1})
     content = {"format": FORMAT, "spec": detector.spec, "names": names, "imgsz": 64, "use": "teacher", "metrics": {}}
     save_checkpoint(content | {"networks": {"teacher": detector.state_dict()}}, tmp_path / "other.pt")
     trainer = run(tiny, weights=str(tmp_path / "other.pt"), iters=2, burn_in=burn_in)

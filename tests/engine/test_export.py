@@ -26,7 +26,7 @@ def best(shapes_data, tmp_path_factory):
     overrides = {
         "data": str(shapes_data),
         "detector": {"name": "fcos", "fpn_channels": 16, "head_convs": 1},
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "strategy": {"name": "supervised"},
         "imgsz": 96,
         "iters": 30,

@@ -40,7 +40,7 @@ def test_norms_and_biases_are_not_decayed_and_frozen_parameters_left_out() -> No
 
 
 def test_the_backbone_has_a_share_of_the_learning_rate() -> None:
-    net = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 16})
+    net = build_detector("fcos", 2, "test_resnet", {"fpn_channels": 16})
     optimizer = build_optimizer(net, load_config("train", {"lr0": 0.5, "lr_backbone": 0.1}))
     set_lr(optimizer, 0.2)
     lr_of = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}

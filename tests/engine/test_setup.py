@@ -17,12 +17,12 @@ SMALL = {"name": "fcos", "fpn_channels": 32, "head_convs": 1}
 
 
 def student(names=("a", "b"), **words):
-    words = {"detector": SMALL, "backbone": "resnet10t", **words}
+    words = {"detector": SMALL, "backbone": "test_resnet", **words}
     detector, report = build_student(load_config("train", words), list(names))
     return detector, str(report)
 
 
-def checkpoint(path, names=("a", "b"), name="fcos", backbone="resnet10t", options=None, **body):
+def checkpoint(path, names=("a", "b"), name="fcos", backbone="test_resnet", options=None, **body):
     torch.manual_seed(0)
     options = {"fpn_channels": 32, "head_convs": 1} if options is None else options
     detector = build_detector(name, len(names), backbone, options, **body)
@@ -37,7 +37,7 @@ def frozen(detector):
 
 def test_without_weights_all_is_random_and_learns():
     detector, note = student()
-    assert note == "fcos on resnet10t, random weights"
+    assert note == "fcos on test_resnet, random weights"
     assert not frozen(detector)
     assert frozen(student(frozen_norm=True)[0])
 
@@ -76,8 +76,8 @@ def test_body_options_reach_the_spec_and_rebuild_the_same():
         ({"detector": {"name": "fcoss"}}, "'fcoss' is not a detector.* Did you mean 'fcos'"),
         ({"backbone": "vit_small_patch14_dinov2"}, r"strides \[14\] but the detector needs \[8, 16, 32\]"),
         ({"backbone": "coatnet_rmlp_0_rw_224"}, "takes images of one fixed size only"),
-        ({"caffe_stride": True}, "caffe_stride=true does not fit backbone 'resnet10t'"),
-        ({"freeze": 9}, "freeze=9 does not fit backbone 'resnet10t': choose 0"),
+        ({"backbone": "resnet10t", "caffe_stride": True}, "caffe_stride=true does not fit backbone 'resnet10t'"),
+        ({"freeze": 9}, "freeze=9 does not fit backbone 'test_resnet': choose 0"),
         ({"weights": "nowhere.pt"}, "weights=nowhere.pt: there is no such file"),
         ({"weights": "torchvision://resnet49"}, "resnet49 is none of torchvision's detectors"),
         ({"detector": {"name": "retinanet"}, "weights": "{own}"}, "give detector=fcos, not detector=retinanet"),
@@ -85,7 +85,7 @@ def test_body_options_reach_the_spec_and_rebuild_the_same():
             {"detector": {"name": "fcos"}, "weights": "{own}"},
             "made with detector.fpn_channels=32 detector.head_convs=1",
         ),
-        ({"backbone": "resnet18", "weights": "{own}"}, "give backbone=resnet10t"),
+        ({"backbone": "resnet18", "weights": "{own}"}, "give backbone=test_resnet"),
         ({"backbone": "resnet34", "weights": "{resnet18}"}, "is not of this backbone: it lacks"),
         ({"backbone": "resnet50", "weights": "{resnet18}"}, "does not fit this backbone: 'layer1.0.conv1.weight'"),
         ({"weights": "{text}"}, "cannot be read"),
@@ -110,7 +110,7 @@ def test_no_classes_at_all():
 
 def test_the_command_line_says_it_and_ends_with_2(tmp_path, shapes_data, capsys):
     path = checkpoint(tmp_path / "best.pt", names=tuple(NAMES))
-    words = [f"data={shapes_data}", "labeled=25%", "backbone=resnet10t", f"project={tmp_path / 'runs'}", "device=cpu"]
+    words = [f"data={shapes_data}", "labeled=25%", "backbone=test_resnet", f"project={tmp_path / 'runs'}", "device=cpu"]
     assert main(["train", *words, f"weights={path}", "detector=faster_rcnn"]) == 2
     said = capsys.readouterr().err
     assert (

@@ -64,7 +64,7 @@ def annotate(root: Path, name: str, label: str, box: list[float]) -> None:
 
 def test_val_shows_voc_figures_for_voc_data(voc: Path, shapes_data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    detector = build_detector("fcos", 2, "resnet10t", {"fpn_channels": 32, "head_convs": 1})
+    detector = build_detector("fcos", 2, "test_resnet", {"fpn_channels": 32, "head_convs": 1})
     content = {"format": FORMAT, "spec": detector.spec, "names": ["carp", "pike"], "imgsz": 96, "use": "student"}
     save_checkpoint(content | {"metrics": {}, "networks": {"student": detector.state_dict()}}, tmp_path / "m.pt")
 

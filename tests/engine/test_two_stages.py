@@ -227,7 +227,7 @@ def batch(boxes):
 def strategy():
     torch.manual_seed(0)
     options = {"fpn_channels": 16, "head_convs": 0, "codec": "bucket", "buckets": 4}
-    student = build_detector("fcos", 3, "resnet10t", options).eval()
+    student = build_detector("fcos", 3, "test_resnet", options).eval()
     return build_strategy("rpl", student, {}, Plan(4, 2, 0.9, True))
 
 alone = [strategy() for _ in range(2)]

@@ -41,7 +41,7 @@ def losses_and_gradient(network: Detector, images: Tensor) -> tuple[list[float],
 @pytest.mark.parametrize("name", SMALL)
 def test_a_compiled_detector_is_the_same_detector(name: str) -> None:
     torch.manual_seed(0)
-    network = build_detector(name, 3, "resnet10t", SMALL[name]).eval()  # eval: the same running statistics twice
+    network = build_detector(name, 3, "test_resnet", SMALL[name]).eval()  # eval: the same running statistics twice
     pictures = [torch.randint(0, 256, (n, 3, 64, side), dtype=torch.uint8) for n, side in ((2, 64), (1, 96))]
     names = list(network.state_dict())
     before = [losses_and_gradient(network, p) for p in pictures]

@@ -28,7 +28,7 @@ def test_held_parameters_get_no_gradient_and_others_do() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_held_statistics(frozen: bool) -> None:
     torch.manual_seed(0)
-    body = Backbone("resnet10t", (8, 16, 32), frozen_norm=frozen).train()
+    body = Backbone("test_resnet", (8, 16, 32), frozen_norm=frozen).train()
     x = torch.randn(2, 3, 64, 64)
     before = {k: v.clone() for k, v in body.state_dict().items()}
     with statistics_held(body):

@@ -82,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shapes_data: Path) -> Path
         "data": str(shapes_data),
         "labeled": "25%",
         "detector": {"name": "fcos", "fpn_channels": 32, "head_convs": 1},
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "strategy": {"name": "mean_teacher", "tau": 0.02, "tau_low": 0.01},
         "imgsz": 64,
         "iters": 6,

@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 def detector(name: str, **options: object) -> Detector:
     torch.manual_seed(0)
-    return build_detector(name, K, "resnet10t", OPTIONS[name] | options)
+    return build_detector(name, K, "test_resnet", OPTIONS[name] | options)
 
 
 def strategy(kind: str, name: str, detector_options: dict[str, object] | None = None, **options: object) -> Strategy:

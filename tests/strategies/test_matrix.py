@@ -12,7 +12,6 @@ import yaml
 from small import SIZE, K
 from support_table import COMBINATIONS, IMPOSSIBLE, built, fitting, needs, pairs, parsed, refusal
 
-from ssod.detectors import DETECTORS
 from ssod.strategies import STRATEGIES
 from ssod.strategies.base import Strategy
 from ssod.structures import SemiBatch
@@ -38,12 +37,7 @@ VARIANTS = [
     ("prc", "faster_rcnn", (*GAUSSIAN, "strategy.ler=false")),
     ("lsm", "fcos", ("strategy.pim=false", "strategy.distill=false")),
 ]
-POSSIBLE = [pair for pair in pairs() if pair not in IMPOSSIBLE]
-# Each strategy on two of its detectors and each detector with half of the strategies; `make test-slow` trains the rest.
-QUICK = {
-    p for p in POSSIBLE if p[0] == "soft_teacher" or (list(STRATEGIES).index(p[0]) + list(DETECTORS).index(p[1])) % 2
-}
-TRAINED = [pytest.param(*p, needs(*p), marks=() if p in QUICK else pytest.mark.slow) for p in POSSIBLE]
+TRAINED = [(kind, name, needs(kind, name)) for kind, name in pairs() if (kind, name) not in IMPOSSIBLE]
 STEPS = 4
 
 

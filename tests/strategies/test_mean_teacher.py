@@ -20,7 +20,7 @@ SIZE = 64
 def detector(name: str = "fcos") -> torch.nn.Module:
     torch.manual_seed(0)
     options = {"fpn_channels": 32, "head_convs": 1} if name == "fcos" else {"fpn_channels": 32}
-    return build_detector(name, 3, "resnet10t", options)
+    return build_detector(name, 3, "test_resnet", options)
 
 
 def view(seed: int, boxes: list[list[float]] | None, flip: bool = False) -> View:

@@ -331,7 +331,7 @@ def test_boxes_without_a_variance_are_refused(name, detector_options, options, m
 @pytest.mark.parametrize(("name", "tau"), [("faster_rcnn", 0.3), ("fcos", 0.02)])
 def test_one_class(name: str, tau: float) -> None:
     torch.manual_seed(0)
-    student = build_detector(name, 1, "resnet10t", OPTIONS[name] | GAUSSIAN)
+    student = build_detector(name, 1, "test_resnet", OPTIONS[name] | GAUSSIAN)
     s = build_strategy("prc", student, {"tau": tau}, Plan(10, 0, 0.9)).train()
     b = batch()
     for target in b.labeled.targets:

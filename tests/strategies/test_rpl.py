@@ -31,7 +31,7 @@ CERTAIN = ["fcos", "retinanet", "faster_rcnn"]
 
 def detector(name: str = "fcos", **options: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_detector(name, K, "resnet10t", OPTIONS[name] | options)
+    return build_detector(name, K, "test_resnet", OPTIONS[name] | options)
 
 
 def view(seed: int, boxes: list[list[float]] | None, flip: bool = False) -> View:
