@@ -7,6 +7,7 @@ another step.
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -274,6 +275,8 @@ def worker_options(workers: int, pin: bool, timeout: float) -> dict[str, Any]:
 
 
 def _start_worker(worker: int) -> None:
+    # What the parent threw away is not for a fork to collect: onnxruntime waits there for threads that stayed behind.
+    gc.freeze()
     torch.set_num_threads(1)
     if cv2 is not None:
         cv2.setNumThreads(0)

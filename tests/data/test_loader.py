@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -359,7 +360,41 @@ def test_workers_have_one_thread() -> None:
         signal.signal(signal.SIGINT, previous)
         assert torch.get_num_threads() == 1
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
+
+
+class Sessions:
+    """What must end in the process that began it, in a cycle that only the collector finds."""
+
+    def __init__(self, ended: Path) -> None:
+        self.ended, self.itself = ended, self
+
+    def __del__(self) -> None:
+        with open(self.ended, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_a_worker_does_not_end_what_the_parent_began(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = reader_module.read_image
+
+    def collect_and_read(*args: Any, **more: Any) -> np.ndarray:
+        gc.collect()
+        return read(*args, **more)
+
+    monkeypatch.setattr(reader_module, "read_image", collect_and_read)
+    ended = tmp_path / "ended.txt"
+    gc.disable()
+    try:
+        Sessions(ended)
+        list(make(samples, samples, workers=1, steps=2))
+        assert not ended.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert ended.read_text() == f"{os.getpid()}\n"
 
 
 # ---------------------------------------------------------------- evaluation

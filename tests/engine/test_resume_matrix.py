@@ -7,6 +7,7 @@ one. And whatever is left out of a checkpoint makes another run: the comparison 
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import shutil
 import signal
@@ -120,6 +121,7 @@ def train(values: Tiny, ranks: int, log: Path, strike: tuple[int, int] | None = 
         if child:
             children.append(child)
             continue
+        gc.freeze()  # not ours to collect: see the loader's workers
         code = 1
         try:
             sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
