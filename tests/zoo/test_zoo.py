@@ -180,7 +180,8 @@ def test_a_name_is_a_model_everywhere(home: Path, shapes_data: Path, made: tuple
 
 def test_an_export_is_not_written_into_the_package(home: Path, tmp_path: Path) -> None:
     before = sorted(home.rglob("*"))
-    assert SSOD(NAME, device="cpu").export(format="torchscript").resolve() == tmp_path / f"{NAME}.torchscript"
+    # Nothing of this model scores as high: which of two equal scores comes first is not the question here.
+    assert SSOD(NAME, device="cpu").export(format="torchscript", conf=0.9).resolve() == tmp_path / f"{NAME}.torchscript"
     assert sorted(home.rglob("*")) == before
 
 
