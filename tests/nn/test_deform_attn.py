@@ -226,6 +226,7 @@ def called_with(batch, h, w, queries):
     return image, locations, weights
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 ties the number of queries to itself and refuses")
 @pytest.mark.parametrize(
     ("form", "mark"), [(None, "grid_sampler"), ("plain", "grid_sampler"), ("gather", "index_select")]
 )
@@ -336,7 +337,8 @@ def test_the_kernels_compile_without_a_gpu(value, kernel):
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
     assert compiled.asm["cubin"]
-    assert ("red.global" in compiled.asm["ptx"]) == (kernel == "_backward")  # the atomic sums
+    atomic = any(f"{word}.global" in compiled.asm["ptx"] for word in ("red", "atom"))
+    assert atomic == (kernel == "_backward")  # its sums
 
 
 @pytest.mark.gpu
