@@ -271,7 +271,7 @@ class ExportConfig(Data):
     )
     dynamic: bool = Field(False, description="input of any size instead of a fixed one; any batch in both cases")
     half: bool = Field(False, description="fp16 where it is safe; inputs, outputs and decoding stay fp32")
-    int8: bool = Field(False, description="convolutions in int8, calibrated on the images of data=")
+    int8: bool = Field(False, description="convolutions and hidden layers in int8, calibrated on the images of data=")
     calibration: int = Field(200, ge=1, description="int8: images, labelled and unlabelled, that set the ranges")
     target: Literal["auto", "onnx", "onnxruntime", "tensorrt"] = Field(
         "auto", description="operators of the graph: onnx for onnxruntime-gpu, tensorrt for trtexec on another machine"

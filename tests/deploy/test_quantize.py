@@ -26,20 +26,32 @@ def weights(*shape):
 
 @pytest.fixture
 def fp32(tmp_path):
-    """A convolution with a bias, one whose weights are a product, as a frozen norm leaves them, and a matrix."""
+    """A convolution with a bias, one whose weights are a product, as a frozen norm leaves them, a matrix, and two fully
+    connected layers, a hidden one and the last."""
     constants = {
         "w1": weights(32, 3, 3, 3),
         "b1": weights(32),
         "w2": weights(64, 32, 3, 3),
         "m": weights(SIZE, 8),
         "scale": np.full((64, 1, 1, 1), 2.0, np.float32),
+        "f1": weights(16, 8),
+        "g1": weights(16),
+        "f2": weights(8, 16),
+        "g2": weights(8),
+        "rows": np.array([-1, 8]),
+        "back": np.array([-1, 64, SIZE, 8]),
     }
     nodes = [
         helper.make_node("Conv", ["x", "w1", "b1"], ["a"], "first", pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["a"], ["b"], "relu"),
         helper.make_node("Mul", ["w2", "scale"], ["w"], "fold"),
         helper.make_node("Conv", ["b", "w"], ["c"], "second", pads=[1, 1, 1, 1]),
-        helper.make_node("MatMul", ["c", "m"], ["y"], "matrix"),
+        helper.make_node("MatMul", ["c", "m"], ["d"], "matrix"),
+        helper.make_node("Reshape", ["d", "rows"], ["e"], "flat"),
+        helper.make_node("Gemm", ["e", "f1", "g1"], ["f"], "hidden", transB=1),
+        helper.make_node("Relu", ["f"], ["g"], "relu of hidden"),
+        helper.make_node("Gemm", ["g", "f2", "g2"], ["h"], "last", transB=1),
+        helper.make_node("Reshape", ["h", "back"], ["y"], "deep"),
     ]
     graph = helper.make_graph(
         nodes,
@@ -84,21 +96,21 @@ def test_result_is_close_small_and_valid(int8, fp32):
     assert out.stat().st_size < 0.45 * fp32.stat().st_size
 
 
-def test_convolutions_are_quantised_per_channel_and_nothing_else(int8):
+def test_convolutions_and_hidden_layers_are_quantised_per_channel_and_nothing_else(int8):
     _, out = int8
     graph = onnx.load(out).graph
     made_by = {o: n for n in graph.node for o in n.output}
     constants = {t.name: t for t in graph.initializer}
-    convs = [n for n in graph.node if n.op_type == "Conv"]
-    assert len(convs) == 2
-    for conv in convs:
-        activation, weight = (made_by[name] for name in conv.input[:2])
+    layers = [n for n in graph.node if n.op_type in ("Conv", "Gemm") and n.name != "last"]
+    assert len(layers) == 3
+    for layer in layers:
+        activation, weight = (made_by[name] for name in layer.input[:2])
         assert activation.op_type == weight.op_type == "DequantizeLinear"
         stored, scale = constants[weight.input[0]], constants[weight.input[1]]
         assert stored.data_type == TensorProto.INT8
         assert list(scale.dims) == [stored.dims[0]]
-    matrix = next(n for n in graph.node if n.op_type == "MatMul")
-    assert constants[matrix.input[1]].data_type == TensorProto.FLOAT
+    for rest in (n for n in graph.node if n.op_type == "MatMul" or n.name == "last"):
+        assert constants[rest.input[1]].data_type == TensorProto.FLOAT
 
 
 def test_types_are_those_the_target_wants(int8):
