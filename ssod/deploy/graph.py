@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,10 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
     import onnx
 
     model = folded(_traced(detector, card).model_proto)
+    if card.target == "onnxruntime" and card.precision == "fp32":  # int8 is for convolutions as they are
+        from ssod.deploy.onnx_winograd import fewer_products
+
+        fewer_products(model, _empty(card))
     for node in _nodes(model.graph):
         del node.metadata_props[:]  # stack traces, with the paths of this machine
         node.doc_string = ""
@@ -58,6 +63,14 @@ def export_onnx(detector: Detector, path: Path, card: Card) -> None:
     stamp(model, card)
     with replacing(path) as file:
         onnx.save(model, file)
+
+
+def _empty(card: Card) -> dict[str, np.ndarray]:
+    """An image without anything to see, of the size that the model is for."""
+    long = card.imgsz if isinstance(card.imgsz, int) else max(card.imgsz)
+    height, width = card.size or [-(-long // card.multiple) * card.multiple] * 2
+    feed = {"images": np.zeros((1, 3, height, width), np.float32), "sizes": np.array([[height, width]], np.int32)}
+    return {name: feed[name] for name in card.inputs}
 
 
 def folded(model: Any) -> Any:

@@ -31,7 +31,7 @@ class OnnxModel(ArrayModel):
 
     def __init__(self, path: str | Path, device: str | int = "auto") -> None:
         self.path = Path(path)
-        ort = _onnxruntime()
+        ort = load_onnxruntime()
         wanted, number = parse_device(device)
         available = ort.get_available_providers()
         if wanted is not None and wanted not in available:
@@ -80,7 +80,7 @@ def parse_device(device: str | int) -> tuple[str | None, int]:
 def device_of_rank(device: str | int, rank: int) -> str | int:
     """The device of one process of several on a machine: of "auto" and "cuda" each takes the GPU of its own number,
     where this onnxruntime knows GPUs. Any other device is that of all."""
-    if device == "cuda" or (device == "auto" and CUDA in _onnxruntime().get_available_providers()):
+    if device == "cuda" or (device == "auto" and CUDA in load_onnxruntime().get_available_providers()):
         return f"cuda:{rank}"
     return device
 
@@ -100,7 +100,8 @@ def _session(ort: ModuleType, path: Path, hoped: str, number: int, available: Se
         ) from None
 
 
-def _onnxruntime() -> ModuleType:
+def load_onnxruntime() -> ModuleType:
+    """Raises UserError where it is not installed."""
     try:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:

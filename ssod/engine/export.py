@@ -357,7 +357,8 @@ def _settle(made: Path, out: Path) -> None:
 
 def _what(config: ExportConfig, card: Card) -> str:
     size = f"any size (as trained: {card.imgsz})" if card.size is None else "{} x {}".format(*card.size)
-    kind = {"onnx": f"ONNX opset {card.opset}", "engine": "TensorRT"}.get(config.format, config.format)
+    onnx = f"ONNX opset {card.opset}{' for a CPU' if card.target == 'onnxruntime' else ''}"
+    kind = {"onnx": onnx, "engine": "TensorRT"}.get(config.format, config.format)
     batch = f"batch up to {config.batch}" if config.format == "engine" else "any batch"
     return f"{kind}, {card.precision}, input {size}, {batch}"
 

@@ -199,11 +199,12 @@ def our_files(detector: Detector, folder: Path, card: Card, pixels: np.ndarray, 
     def side(model: ArrayModel, file: Path | None = None) -> Side:
         return Side(lambda: int(model.run(pixels, valid).num_dets[0, 0]), file, model.feed(pixels, valid))
 
-    fp32, int8 = folder / "ours.onnx", folder / "int8.onnx"
+    fp32, plain, int8 = (folder / f"{name}.onnx" for name in ("ours", "plain", "int8"))
     export_onnx(detector, fp32, card)
     ours = OnnxModel(fp32, "cpu")
     feed = ours.feed(pixels, valid)
-    quantize(fp32, int8, [feed], "onnx")
+    export_onnx(detector, plain, replace(card, precision="int8"))  # what quantize takes
+    quantize(plain, int8, [feed], "onnx")
     sides = {"ours": side(ours, fp32), "int8": side(OnnxModel(int8, "cpu"), int8)}
     if importlib.util.find_spec("openvino"):
         fp32, int8 = folder / "standard.onnx", folder / "standard.int8.onnx"

@@ -66,10 +66,10 @@ ALL = [
 ]
 
 
-def lively(name):
+def lively(name, **options):
     """A network of random weights whose scores and boxes differ from place to place."""
     torch.manual_seed(0)
-    model = build_detector(name, 3, "test_resnet", SMALL[name]).eval()
+    model = build_detector(name, 3, "test_resnet", SMALL[name] | options).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if any(word in key for word in ("logits", "codes", "cls_heads", "box_heads", "centerness")):
