@@ -125,8 +125,10 @@ class TrainConfig(RunFolder, Inference, Data):
     amp: bool | Literal["auto", "bf16", "fp16"] = Field(
         "auto", description="mixed precision; auto: bf16 where the device is faster with it"
     )
-    compile: bool = Field(
-        False, description="backbone, neck and head through torch.compile; takes minutes at the start"
+    compile: bool | Literal["graphs"] = Field(
+        False,
+        description="backbone, neck and head through torch.compile, minutes at the start; graphs: the teacher's as "
+        "CUDA graphs, too",
     )
 
     val_interval: int = Field(0, ge=0, description="steps between validations; 0 = ten in the run")

@@ -35,7 +35,7 @@ from ssod.engine.watch.diagnosis.clock import DataClock
 from ssod.engine.watch.observers import build_observers
 from ssod.errors import Fault, UserError
 from ssod.modes import TrainConfig
-from ssod.nn.compiled import compile_networks
+from ssod.nn.compiled import begin_step, compile_networks
 from ssod.nn.held import Before, running_statistics
 from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.structures import SemiBatch
@@ -100,7 +100,8 @@ class SemiTrainer:
         self.dtype = amp_dtype(config.amp, self.device, self.strategy)
         lay_out(self.strategy, self.dtype)
         if config.compile:
-            compile_networks((m for m in self.strategy.modules() if isinstance(m, Detector)), self.device)
+            detectors = [m for m in self.strategy.modules() if isinstance(m, Detector)]
+            compile_networks(detectors, self.device, graphs=config.compile == "graphs")
         self.optimizer = build_optimizer(self.strategy, config)
         self.statistics = running_statistics(self.strategy)
         self.before = Before(self.strategy)
@@ -245,6 +246,8 @@ class SemiTrainer:
         """Losses of the micro-batches, and what they say to each weight, the same on all ranks."""
         self.strategy.train()
         seed_step(self.config.seed, self.step)
+        if self.config.compile == "graphs":
+            begin_step()
         for i, batch in enumerate(batches):
             self._note_bad(batch.bad)
             moved = batch.to(self.device, non_blocking=True)

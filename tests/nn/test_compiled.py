@@ -73,6 +73,23 @@ def test_a_compiled_run_learns_the_same_and_its_checkpoint_is_an_ordinary_one(ti
     assert all(math.isfinite(summary["best"]["AP"]) for summary, _ in runs.values())
 
 
+def test_graphs_are_of_cuda_alone() -> None:
+    with pytest.raises(UserError, match=r"compile=graphs: .* this run is on cpu\. Use compile=true"):
+        compile_networks([], CPU, graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_teacher_of_cuda_graphs_teaches_the_same(tiny: dict[str, object]) -> None:
+    runs = {}
+    for on in (False, "graphs"):
+        config = {**tiny, "compile": on, "name": f"compile_{on}", "strategy": "mean_teacher", "device": "cuda"}
+        trainer = SemiTrainer(load_config("train", config | {"amp": False}))
+        runs[on] = (trainer.train(), load_checkpoint(Path(trainer.folder) / "weights" / "last.pt"))
+    eager, graphed = (content["networks"]["teacher"] for _, content in (runs[False], runs["graphs"]))
+    for name, value in eager.items():
+        assert torch.allclose(value.float(), graphed[name].float(), rtol=1e-2, atol=1e-2), name
+
+
 def test_without_a_compiler_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch._inductor.config as inductor
 
