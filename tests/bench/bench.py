@@ -30,6 +30,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     **{f"strategies_{n}": ("bench_strategies.py", "--detector", n, "--arms", *arms) for n, arms in ARMS.items()},
     "loader": ("bench_loader.py",),
     "export": ("bench_export.py",),
+    "conv3x3": ("bench_conv3x3.py",),
     "eval": ("bench_eval.py",),
     "ema": ("bench_ema.py",),
     "start": ("bench_start.py",),

@@ -1,0 +1,76 @@
+"""3x3 convolutions in onnxruntime as they are and in Winograd's form, of many sizes: what the limits at the top of
+ssod/deploy/onnx_winograd.py follow from.
+
+    python tests/bench/bench_conv3x3.py [--rounds 15]
+
+Each is a chain of three with a ReLU after each, as in a head (of one where the channels change), on one image. A ratio
+below 1: Winograd's form is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime
+from common import Row, alternate, arguments, finish, head
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ssod.deploy import onnx_winograd
+
+# map's side, channels in, channels out
+SIZES = [
+    *((side, 256, 256) for side in (80, 40, 20, 12, 10)),
+    *((side, 128, 128) for side in (80, 40, 20)),
+    *((side, 64, 64) for side in (160, 80, 40)),
+    *((40, 256, out) for out in (720, 80, 36)),
+    (20, 512, 512),
+]
+
+
+def main() -> None:
+    args = arguments(__doc__, rounds=15).parse_args()
+    head(args, "onnxruntime", what="3x3 convolutions")
+    # All of them, also those that the export leaves alone.
+    onnx_winograd.LEAST_CHANNELS = onnx_winograd.LEAST_PLACES = onnx_winograd.WORTH_PLACES = 0
+    rows = []
+    for side, c, k in SIZES[-1:] if args.quick else SIZES:
+        x = np.random.default_rng(0).standard_normal((1, c, side, side)).astype(np.float32)
+        layers = 3 if c == k else 1
+        plain, other = chain(c, k, side, layers), chain(c, k, side, layers)
+        onnx_winograd.fewer_products(other, {"x": x})
+        assert not any(n.op_type == "Conv" for n in other.graph.node)
+        times = alternate({"plain": run(plain, x), "other": run(other, x)}, args)
+        what = f"{side} x {side}, {c} -> {k} channels"
+        rows.append(Row(what, times["other"] / layers, times["plain"] / layers))
+    finish(rows, args)
+
+
+def chain(c: int, k: int, side: int, layers: int) -> ModelProto:
+    rng = np.random.default_rng(1)
+    nodes, weights, x = [], [], "x"
+    for i in range(layers):
+        kernel = rng.standard_normal((k, c, 3, 3)) * np.sqrt(2 / 9 / c)
+        weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [x, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+        x = f"r{i}"
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", c, side, side])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["B", k, side, side])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def run(model: ModelProto, x: np.ndarray) -> Callable[[], object]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": x})
+
+
+if __name__ == "__main__":
+    main()
