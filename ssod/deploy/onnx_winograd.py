@@ -31,9 +31,9 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 
 # A change of basis costs with the sum of the channels, what is saved grows with their product: below these it does not
 # pay (docs/performance.md).
-LEAST_CHANNELS = 100  # harmonic mean of C and K
-LEAST_PLACES = 144  # h * w
-WORTH_PLACES = 900  # h * w of one of the maps that a kernel sees: on smaller ones it saves little for its memory
+LEAST_CHANNELS = 80  # harmonic mean of C and K
+LEAST_PLACES = 200  # h * w
+WORTH_PLACES = 700  # h * w of one of the maps that a kernel sees: on smaller ones it saves little for its memory
 
 Extent = tuple[int | str, int | str, int | str]
 
