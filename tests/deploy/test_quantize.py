@@ -113,6 +113,55 @@ def test_convolutions_and_hidden_layers_are_quantised_per_channel_and_nothing_el
         assert constants[rest.input[1]].data_type == TensorProto.FLOAT
 
 
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+def test_of_a_transformer_the_feed_forward_is_quantised_and_no_answer(tmp_path, target):
+    constants = {
+        "in": weights(8, 32),
+        "b1": weights(32),
+        "out": weights(32, 8),
+        "b2": weights(8),
+        "answer": weights(32, 4),
+        "project": weights(8, 8),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "project"], ["v"], "project"),
+        helper.make_node("MatMul", ["v", "in"], ["a"], "in"),
+        helper.make_node("Add", ["b1", "a"], ["b"], "bias"),
+        helper.make_node("Relu", ["b"], ["c"], "relu"),
+        helper.make_node("MatMul", ["c", "out"], ["d"], "out"),
+        helper.make_node("Add", ["d", "b2"], ["y"], "bias of out"),
+        helper.make_node("MatMul", ["c", "answer"], ["z"], "answer"),
+        helper.make_node("MatMul", ["x", "turned"], ["attention"], "attention"),
+        helper.make_node("Transpose", ["x"], ["turned"], "turn", perm=[0, 2, 1]),
+    ]
+    graph = helper.make_graph(
+        [nodes[-1], *nodes[:-1]],
+        "test",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("B", 5, 8))],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("B", 5, k)) for n, k in (("y", 8), ("z", 4))]
+        + [helper.make_tensor_value_info("attention", TensorProto.FLOAT, ("B", 5, 5))],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "fp32.onnx"
+    )
+    x = np.random.default_rng(0).random((16, 5, 8), np.float32)
+    quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [{"x": x}], target)
+    made = onnx.load(tmp_path / "int8.onnx").graph
+    made_by = {o: n for n in made.node for o in n.output}
+    stored = {t.name: t for t in made.initializer}
+    kinds = {n.name: [getattr(made_by.get(i), "op_type", None) for i in n.input] for n in made.node}
+    assert kinds["in"] == kinds["out"] == ["DequantizeLinear"] * 2
+    assert "DequantizeLinear" not in kinds["attention"]
+    assert stored["project"].data_type == stored["answer"].data_type == TensorProto.FLOAT
+    for node in (n for n in made.node if n.name in ("in", "out")):
+        weight, scale = (stored[name] for name in made_by[node.input[1]].input[:2])
+        assert weight.data_type == TensorProto.INT8
+        assert list(scale.dims) == [weight.dims[1]], "one for each channel that comes out"
+    wanted, got = run(tmp_path / "fp32.onnx", x), run(tmp_path / "int8.onnx", x)
+    assert 1e-6 < np.abs(got - wanted).mean() < 0.02 * np.abs(wanted).mean()
+
+
 def test_types_are_those_the_target_wants(int8):
     target, out = int8
     graph = onnx.load(out).graph
