@@ -2,7 +2,8 @@
 
 Eager code takes what is fastest on its device. A graph for `onnx` may hold NonMaxSuppression and RoiAlign; one for
 `tensorrt`, which has neither, gets forms made of gathers and arithmetic, equal in their numbers. A graph for
-`onnxruntime` is one for `onnx` with loops where that program, on a CPU, is faster with them.
+`onnxruntime` is one for `onnx` with loops where that program, on a CPU, is faster with them; what it makes of wide 3x3
+convolutions is done to the finished graph (ssod.deploy.onnx_winograd).
 """
 
 from __future__ import annotations
