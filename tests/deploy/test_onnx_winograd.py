@@ -170,12 +170,9 @@ def test_layers_of_other_batches_share_no_memory():
         np.testing.assert_allclose(mine, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "opset"),
-    [
-        pytest.param((256, 288), 18, id="fixed"),
-        pytest.param(None, 22, id="any size", marks=pytest.mark.slow),
-    ],
+    ("size", "opset"), [pytest.param((256, 288), 18, id="fixed"), pytest.param(None, 22, id="any size")]
 )
 def test_a_detector_finds_the_same(tmp_path, size, opset):
     detector = lively("retinanet", fpn_channels=128, head_convs=2)
