@@ -90,13 +90,13 @@ def _left_alone(model: ModelProto) -> list[str]:
     bias_of = {name: n.output[0] for n in nodes if n.op_type == "Add" for name in n.input}
     active = {n.input[0]: n.output[0] for n in nodes if n.op_type == "Relu"}
     products = [n for n in nodes if n.op_type == "Gemm" or (n.op_type == "MatMul" and n.input[1] in weights)]
-    hidden, wide = set(), {}  # wide: {what comes out of a hidden layer: channels that went in}
+    hidden, entered = set(), {}  # entered: {what comes out of a hidden layer: channels that went in}
     for node in products:
         relu = active.get(node.output[0]) or active.get(bias_of.get(node.output[0], ""))
         if relu:
             hidden.add(node.name)
-            wide[relu] = weights[node.input[1]][0] if node.op_type == "MatMul" else 0
-    back = {n.name for n in products if n.op_type == "MatMul" and weights[n.input[1]][1] == wide.get(n.input[0])}
+            entered[relu] = weights[node.input[1]][0] if node.op_type == "MatMul" else 0
+    back = {n.name for n in products if n.op_type == "MatMul" and weights[n.input[1]][1] == entered.get(n.input[0])}
     return [n.name for n in nodes if n.op_type in ("Gemm", "MatMul") and n.name not in hidden | back]
 
 

@@ -22,6 +22,7 @@ from ssod.deploy import onnx_winograd
 SIZES = [
     *((side, 256, 256) for side in (80, 40, 20, 12, 10)),
     *((side, 128, 128) for side in (80, 40, 20)),
+    *((side, 96, 96) for side in (80, 28)),
     *((side, 64, 64) for side in (160, 80, 40)),
     *((40, 256, out) for out in (720, 80, 36)),
     (20, 512, 512),

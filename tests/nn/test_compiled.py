@@ -78,7 +78,7 @@ def test_graphs_are_of_cuda_alone() -> None:
         compile_networks([], CPU, graphs=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_teacher_of_cuda_graphs_teaches_the_same(tiny: dict[str, object]) -> None:
     runs = {}
     for on in (False, "graphs"):
