@@ -1,13 +1,8 @@
-"""3x3 convolutions of an ONNX graph with a quarter of the products, for float32 on a CPU: Winograd's F(4x4, 3x3).
+"""3x3 convolutions of an ONNX graph with a quarter of the products, for float32 on a CPU.
 
-Four by four outputs of a 3x3 convolution take 6 x 6 products instead of 4 x 4 x 9: tile and kernel are seen as
-polynomials and multiplied at six points of each axis (Winograd 1980; Lavin and Gray 2016, section 4). With C channels
-in and K out that is 36 products of matrices, T tiles x C by C x K, between two small changes of basis. ONNX has all of
-it: Gather cuts the tiles, channels last and so over whole vectors, MatMul does the rest. Kernels stay in the file as
-they are: onnxruntime changes their basis when it loads the model, to four times as many numbers.
-
-The points 0, +-3/4, +-3/2 and infinity lose half as much to rounding as the usual 0, +-1, +-2: a relative error of
-1.3e-6, where a plain convolution of 256 channels has 0.3e-6.
+It is the form of `ssod.ops.winograd`, written in ONNX: Gather cuts the tiles, channels last and so over whole vectors,
+MatMul does the rest. Kernels stay in the file as they are: onnxruntime changes their basis when it loads the model, to
+four times as many numbers.
 
 Letters: B images, C channels in, K out, T tiles of an image.
 """
@@ -23,11 +18,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ssod.deploy.onnx_model import load_onnxruntime
-
-TILE, TAPS = 4, 3
-SIDE = TILE + TAPS - 1  # of the tile that is read
-PRODUCTS = SIDE * SIDE
-POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
+from ssod.ops.winograd import PRODUCTS, SIDE, TAPS, TILE, bases
 
 # A change of basis costs with the sum of the channels, what is saved grows with their product: below these it does not
 # pay (docs/performance.md).
@@ -36,21 +27,6 @@ LEAST_PLACES = 200  # h * w
 WORTH_PLACES = 700  # h * w of one of the maps that a kernel sees: on smaller ones it saves little for its memory
 
 Extent = tuple[int | str, int | str, int | str]
-
-
-def bases() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one axis, float64: of the input [6, 6], of the kernel [6, 3] and of the output [4, 6]. For a tile d and a
-    kernel g, output @ ((kernel @ g) * (input @ d)) are the four values of their correlation (Toom and Cook)."""
-    points = np.array(POINTS)
-    apart = np.array([np.prod(p - np.delete(points, i)) for i, p in enumerate(points)])
-
-    def powers(count: int) -> np.ndarray:
-        infinity = np.eye(1, count, count - 1)
-        return np.concatenate([points[:, None] ** np.arange(count), infinity])
-
-    others = [np.append(np.poly(np.delete(points, i))[::-1], 0) for i in range(len(points))]
-    inputs = np.stack([*others, np.poly(points)[::-1]])
-    return inputs, powers(TAPS) / np.append(apart, 1)[:, None], powers(TILE).T
 
 
 def fewer_products(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssod.nn.conv import Conv2d
 
 
 class FrozenNorm(nn.Module):
@@ -45,7 +46,7 @@ class FrozenNorm(nn.Module):
         return self.act(x)
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(Conv2d):
     """A convolution that applies the FrozenNorm after it on its own weights; made by `fold`."""
 
     norm: list[FrozenNorm]  # in a list, so that the norm stays registered (and saved) in one place only
@@ -55,7 +56,7 @@ class FoldedConv2d(nn.Conv2d):
         if self.bias is not None:
             shift = shift + self.bias * scale
         weight = self.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        return self._conv_forward(x, weight, shift)
 
 
 def freeze_norms(root: nn.Module, names: Iterable[str]) -> None:

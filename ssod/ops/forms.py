@@ -39,7 +39,7 @@ def graph_target() -> Target | None:
 
 def in_graph() -> bool:
     """Whether what is computed now becomes a graph: sizes may be symbols, and nothing may be cached by them."""
-    return _target.get() is not None or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _target.get() is not None
 
 
 def extent(height: int, width: int, device: torch.device) -> Tensor:
