@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from typing import Any
@@ -38,6 +40,19 @@ LEAST_PLACES = 1500  # B * h * w
 PART = 1_200_000  # numbers in 36 x tiles x channels that are worked on at once: they should stay in the cache
 
 
+_plain: ContextVar[bool] = ContextVar("plain_convolutions", default=False)
+
+
+@contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Inside, every convolution is torch's own: to count operations as everybody does, or to compare."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def bases() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of one axis, float64: of the input [6, 6], of the kernel [6, 3] and of the output [4, 6]. For a tile d and a
     kernel g, output @ ((kernel @ g) * (input @ d)) are the four values of their correlation (Toom and Cook)."""
@@ -57,7 +72,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` is the faster way to convolve x [B, C, h, w] with weight [K, C, 3, 3]: float32 on an x86 CPU
     (elsewhere nobody has measured), wide, and on large maps. Never while a graph is made, which has forms of its own.
     """
-    if in_graph() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if in_graph() or _plain.get() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     k, c = weight.shape[:2]
     wide = 2 * c * k >= LEAST_CHANNELS * (c + k)

@@ -33,12 +33,13 @@ def foreground_certainty(
     output        raw output that the candidates were assigned on
     with_quality  multiply by the codec's localisation quality v; otherwise p alone
     """
-    fg = (candidates.matched >= 0).nonzero().squeeze(1)  # [F]
+    foreground = candidates.matched >= 0
+    if candidates.stage == "roi":
+        return _of_regions(detector, output, candidates, foreground, with_quality)
+    (fg,) = true_rows([foreground])  # [F]
     labels = candidates.labels[fg]
     if len(fg) == 0:
         return labels, candidates.boxes.new_zeros(0)
-    if candidates.stage == "roi":
-        return labels, _of_regions(detector, output, candidates, fg, with_quality)
     if candidates.stage == "query":
         assert isinstance(output, SlotOutput)
         return labels, output.logits[-1].flatten(0, 1)[fg, labels].float().sigmoid()
@@ -53,17 +54,19 @@ def foreground_certainty(
 
 
 def _of_regions(
-    detector: Detector, output: Any, candidates: Candidates, fg: Tensor, with_quality: bool
-) -> Tensor:  # [F]
+    detector: Detector, output: Any, candidates: Candidates, foreground: Tensor, with_quality: bool
+) -> tuple[Tensor, Tensor]:
     assert isinstance(detector, HasRegions)
-    image = candidates.image[fg]
-    order = true_rows([image == b for b in range(len(output.logits))])  # rows of `fg` of each image
-    boxes = [candidates.boxes[fg[rows]] for rows in order]
-    certainty = candidates.boxes.new_zeros(len(fg))
-    for rows, probability in zip(order, detector.classify(output, boxes), strict=True):  # [R, K + 1] each
-        certainty[rows] = probability.gather(1, candidates.labels[fg[rows], None]).squeeze(1)
+    of_image = true_rows([foreground & (candidates.image == b) for b in range(len(output.logits))])
+    fg = torch.cat(of_image)  # [F], image by image
+    labels = candidates.labels[fg]
+    if len(fg) == 0:
+        return labels, candidates.boxes.new_zeros(0)
+    boxes = [candidates.boxes[rows] for rows in of_image]
+    certainty = torch.cat(detector.classify(output, boxes)).gather(1, labels[:, None]).squeeze(1)  # of [F, K + 1]
     if with_quality:
-        for rows, refined in zip(order, detector.refine(output, boxes), strict=True):
+        for refined, part in zip(detector.refine(output, boxes), certainty.split([len(b) for b in boxes]), strict=True):
             assert refined.quality is not None
-            certainty[rows] *= refined.quality
-    return certainty
+            part *= refined.quality
+    order = fg.argsort()
+    return labels[order], certainty[order]

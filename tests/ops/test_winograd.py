@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ssod.ops import winograd
 from ssod.ops.forms import graph_for
-from ssod.ops.winograd import bases, conv3x3, pays
+from ssod.ops.winograd import bases, conv3x3, pays, plain_convolutions
 
 
 def data(b=2, c=5, k=4, h=9, w=14, seed=0):
@@ -146,6 +146,8 @@ def test_it_does_not_where_something_else_computes(on_x86, monkeypatch):
     for target in ("onnx", "onnxruntime", "tensorrt"):
         with graph_for(target):
             assert not pays(x, weight)
+    with plain_convolutions():
+        assert not pays(x, weight)
     assert pays(x, weight)
     monkeypatch.setattr(winograd.platform, "machine", lambda: "arm64")
     assert not pays(x, weight)
