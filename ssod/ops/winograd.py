@@ -36,7 +36,7 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 
 # Where it pays on a CPU, from tests/bench/bench_conv3x3.py (docs/performance.md).
 LEAST_CHANNELS = 112  # harmonic mean of C and K
-LEAST_PLACES = 1500  # B * h * w
+LEAST_PLACES = 1500  # B * h * w: fewer do not pay for the kernel's change of basis
 PART = 1_200_000  # numbers in 36 x tiles x channels that are worked on at once: they should stay in the cache
 
 
@@ -127,25 +127,22 @@ class _Conv3x3(torch.autograd.Function):
         to_points, of_kernel, from_points = _bases()
         kernel = _kernel(weight).transpose(1, 2)
         sums = x.new_zeros(PRODUCTS, k, c)
-        grad_out = F.pad(grad, (0, TILE * across - w, 0, TILE * down - h)) if h % TILE or w % TILE else grad
-        blocks = _blocks(grad_out)
-        x_grad = torch.zeros(b, TILE * (down + 1), TILE * (across + 1), c) if of_x else None
+        fits = not (h % TILE or w % TILE)
+        blocks = _blocks(grad if fits else F.pad(grad, (0, TILE * across - w, 0, TILE * down - h)))
+        back = torch.zeros(b, TILE * (down + 1), TILE * (across + 1), c) if of_x else None
         for images, rows, tiles in _parts(x, max(c, k)):
             products = (from_points.t() @ blocks[:, :, images, rows].reshape(TILE * TILE, -1)).view(PRODUCTS, -1, k)
             if of_weight:
-                points = (to_points @ tiles).view(PRODUCTS, -1, c)
-                sums.baddbmm_(products.transpose(1, 2), points)
-            if x_grad is not None:
-                points = to_points.t() @ torch.bmm(products, kernel).view(PRODUCTS, -1)
-                _add_tiles(x_grad[images], points.view(SIDE, SIDE, -1, rows.stop - rows.start, across, c), rows)
-        if x_grad is not None:
-            x_grad = x_grad[:, 1 : h + 1, 1 : w + 1].permute(0, 3, 1, 2)
-        kernel_grad = of_kernel.t() @ sums.view(PRODUCTS, -1) if of_weight else None
-        return (
-            x_grad,
-            None if kernel_grad is None else kernel_grad.view(TAPS, TAPS, k, c).permute(2, 3, 0, 1).contiguous(),
-            grad.sum((0, 2, 3)) if of_bias else None,
-        )
+                sums.baddbmm_(products.transpose(1, 2), (to_points @ tiles).view(PRODUCTS, -1, c))
+            if back is not None:
+                tiles = to_points.t() @ torch.bmm(products, kernel).view(PRODUCTS, -1)
+                _add_tiles(back[images], tiles.view(SIDE, SIDE, -1, rows.stop - rows.start, across, c), rows)
+        x_grad = None if back is None else back[:, 1 : h + 1, 1 : w + 1].permute(0, 3, 1, 2)
+        weight_grad = None
+        if of_weight:
+            taps = (of_kernel.t() @ sums.view(PRODUCTS, -1)).view(TAPS, TAPS, k, c)
+            weight_grad = taps.permute(2, 3, 0, 1).contiguous()
+        return x_grad, weight_grad, grad.sum((0, 2, 3)) if of_bias else None
 
 
 @cache
