@@ -30,7 +30,7 @@ DETECTORS = {
 }
 SEMI = 2.32  # measured: a step of mean_teacher on 4 + 4 images by a supervised one on 4, docs/performance.md
 PAIRS = 386  # measured: weak and strong pairs a second and core, 640 x 480 JPEGs, docs/performance.md
-ONNX = 0.301  # measured: seconds of an image, FCOS in onnxruntime, 320 px, one thread, docs/performance.md
+ONNX = 0.286  # measured: seconds of an image, FCOS in onnxruntime, 320 px, one thread, docs/performance.md
 LISTED = 16e-6  # measured: seconds a path of the plan of `ssod label`, docs/label.md
 PLANNED = 51  # measured: bytes a path of it, docs/label.md
 
