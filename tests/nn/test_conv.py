@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssod.detectors import build_detector
+from ssod.engine.profile import operations
 from ssod.nn import conv as module
 from ssod.nn.conv import Conv2d, fewer_products
 from ssod.nn.frozen_norm import FoldedConv2d
@@ -87,6 +89,16 @@ def test_a_detector_learns_the_same(calls, monkeypatch, frozen_norm):
     assert fast.keys() == plain.keys()
     for key, grad in plain.items():
         torch.testing.assert_close(fast[key], grad, atol=3e-4 * grad.abs().max().item(), rtol=0)
+
+
+def test_operations_are_counted_of_convolutions_as_such(calls):
+    net = build_detector("fcos", 3, "resnet18", {"fpn_channels": 32, "head_convs": 1}).eval()
+    images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(images)
+    assert calls
+    counted, _ = operations(net, images)
+    assert counted > 1.2 * counter.get_total_flops()
 
 
 def test_compiled_and_traced_networks_hold_convolutions(calls):
