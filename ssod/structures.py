@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,7 +79,7 @@ class View:
     matrices  float64 [B, 3, 3]   source image pixels -> pixels of this view (homogeneous, column vectors)
     targets   B Instances         annotations in this view's pixels; empty for unlabelled images, always
     indices   B ints              position of each image in its sample list
-    complete  bool [B]            False where objects may be without annotation; None: all images are complete
+    complete  B bools             False where objects may be without annotation; None: all images are complete
     """
 
     images: Tensor
@@ -86,20 +87,24 @@ class View:
     matrices: Tensor
     targets: list[Instances]
     indices: list[int]
-    complete: Tensor | None = None
+    complete: list[bool] | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def part(self, rows: slice) -> View:
-        """Some of the images, in the same memory."""
+    @staticmethod
+    def cat(views: Sequence[View]) -> View:
+        """The images of several views in one batch, padded to the largest; `complete` only where all have it."""
+        height, width = (max(v.images.shape[side] for v in views) for side in (2, 3))
+        padded = [F.pad(v.images, (0, width - v.images.shape[3], 0, height - v.images.shape[2])) for v in views]
+        complete = [each for v in views if v.complete is not None for each in v.complete]
         return View(
-            self.images[rows],
-            self.sizes[rows],
-            self.matrices[rows],
-            self.targets[rows],
-            self.indices[rows],
-            None if self.complete is None else self.complete[rows],
+            torch.cat(padded),
+            torch.cat([v.sizes for v in views]),
+            torch.cat([v.matrices for v in views]),
+            [t for v in views for t in v.targets],
+            [i for v in views for i in v.indices],
+            complete if all(v.complete is not None for v in views) else None,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
@@ -109,7 +114,7 @@ class View:
             self.matrices.to(device, non_blocking=non_blocking) if str(device) != "mps" else self.matrices,
             [t.to(device, non_blocking) for t in self.targets],
             self.indices,
-            None if self.complete is None else self.complete.to(device, non_blocking=non_blocking),
+            self.complete,
         )
 
     def pin_memory(self) -> View:
@@ -165,9 +170,12 @@ class Pyramid:
     frame: tuple[int, int]
     sizes: Tensor
 
-    def part(self, rows: slice) -> Pyramid:
-        """Some of the images."""
-        return Pyramid({s: m[rows] for s, m in self.maps.items()}, self.frame, self.sizes[rows])
+    def split(self, counts: list[int]) -> list[Pyramid]:
+        """The first images, the next ones and so on, `counts` of them each."""
+        # The gradients of what `split` gives come back in one copy; slices would each fill a tensor of all images.
+        maps = zip(*(m.split(counts) for m in self.maps.values()), strict=True)
+        pieces = zip(maps, self.sizes.split(counts), strict=True)
+        return [Pyramid(dict(zip(self.maps, own, strict=True)), self.frame, sizes) for own, sizes in pieces]
 
 
 @dataclass
@@ -189,15 +197,13 @@ class DenseOutput:
     pyramid: Pyramid
     quality: Tensor | None = None
 
-    def part(self, rows: slice) -> DenseOutput:
-        """What was predicted of some of the images."""
-        return replace(
-            self,
-            logits=self.logits[rows],
-            codes=self.codes[rows],
-            pyramid=self.pyramid.part(rows),
-            quality=None if self.quality is None else self.quality[rows],
+    def split(self, counts: list[int]) -> list[DenseOutput]:
+        """What was predicted of the first images, the next ones and so on, `counts` of them each."""
+        quality = [None] * len(counts) if self.quality is None else self.quality.split(counts)
+        pieces = zip(
+            self.logits.split(counts), self.codes.split(counts), self.pyramid.split(counts), quality, strict=True
         )
+        return [replace(self, logits=a, codes=c, pyramid=p, quality=q) for a, c, p, q in pieces]
 
 
 @dataclass
@@ -217,15 +223,17 @@ class SlotOutput:
     pyramid: Pyramid
     dense: DenseOutput | None = None
 
-    def part(self, rows: slice) -> SlotOutput:
-        """What was predicted of some of the images."""
-        return SlotOutput(
-            self.logits[:, rows],
-            self.boxes[:, rows],
-            self.embeddings[rows],
-            self.pyramid.part(rows),
-            None if self.dense is None else self.dense.part(rows),
+    def split(self, counts: list[int]) -> list[SlotOutput]:
+        """What was predicted of the first images, the next ones and so on, `counts` of them each."""
+        pieces = zip(
+            self.logits.split(counts, dim=1),
+            self.boxes.split(counts, dim=1),
+            self.embeddings.split(counts),
+            self.pyramid.split(counts),
+            [None] * len(counts) if self.dense is None else self.dense.split(counts),
+            strict=True,
         )
+        return [SlotOutput(*piece) for piece in pieces]
 
 
 @dataclass

@@ -85,8 +85,7 @@ class _Parcel:
         counts = [len(t) for t in view.targets]
         targets = Instances.cat(view.targets)
         arrays = [t.numpy() for t in (view.sizes, view.matrices, targets.boxes, targets.labels)]
-        complete = None if view.complete is None else view.complete.numpy()
-        return _unpack, (slabs.outgoing(view.images), counts, *arrays, view.indices, complete)
+        return _unpack, (slabs.outgoing(view.images), counts, *arrays, view.indices, view.complete)
 
 
 def _unpack(
@@ -97,9 +96,8 @@ def _unpack(
     boxes: np.ndarray,
     labels: np.ndarray,
     indices: list[int],
-    complete: np.ndarray | None,
+    complete: list[bool] | None,
 ) -> View:
     per_image = zip(torch.from_numpy(boxes).split(counts), torch.from_numpy(labels).split(counts), strict=True)
     targets = [Instances(b, c) for b, c in per_image]
-    told = None if complete is None else torch.from_numpy(complete)
-    return View(images.open(), torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices, told)
+    return View(images.open(), torch.from_numpy(sizes), torch.from_numpy(matrices), targets, indices, complete)

@@ -133,7 +133,7 @@ class StepDataset(Dataset[SemiBatch | UserError]):
         indices = [source.index for source in sources]
         targets = [targets_in(s.objects(self.samples), f) for s, f in zip(sources, frames, strict=True)]
         view = stack(frames, targets, indices, self.pad_to, self.square)
-        complete = None if self.all_complete else torch.tensor([s.complete(self.samples) for s in sources])
+        complete = None if self.all_complete else [s.complete(self.samples) for s in sources]
         return replace(view, complete=complete)
 
     def _unlabeled(self, maker: ViewMaker, step: int, bad: Bad) -> tuple[View, View]:

@@ -111,12 +111,14 @@ class RegionOutput:
     labels   int64 [M]           the class whose box is given
     boxes    float32 [M, 4]      xyxy pixels, the given box as corrected for that class, not clipped
     quality  float32 [M]         0 .. 1, the codec's, None where it has none
+    rows     int64 [M]           which of the boxes asked about these are; None: all
     """
 
     logits: Tensor
     labels: Tensor
     boxes: Tensor
     quality: Tensor | None
+    rows: Tensor | None = None
 
 
 @runtime_checkable
@@ -125,7 +127,7 @@ class HasRegions(Protocol):
 
     proposals  B tensors [R, 4] xyxy pixels, by descending objectness
     read       boxes of each image -> what the head says of them, with gradient; corrected for the class asked for
-               (labels of each image, int64 [R]) or for the best one
+               (labels of each image, int64 [R]) or for the best one; where `wanted`, bool [M], is given, of those only
     classify   boxes of each image -> probabilities [R, K + 1] of each, background last
     refine     boxes of each image -> as many Instances, same order: boxes as in `read`, clipped; scores are the
                probabilities of their class
@@ -133,7 +135,9 @@ class HasRegions(Protocol):
 
     def proposals(self, output: Any) -> list[Tensor]: ...
 
-    def read(self, output: Any, boxes: list[Tensor], labels: list[Tensor] | None = None) -> RegionOutput: ...
+    def read(
+        self, output: Any, boxes: list[Tensor], labels: list[Tensor] | None = None, wanted: Tensor | None = None
+    ) -> RegionOutput: ...
 
     def classify(self, output: Any, boxes: list[Tensor]) -> list[Tensor]: ...
 

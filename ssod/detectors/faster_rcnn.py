@@ -7,6 +7,7 @@ M regions or sampled anchors of the whole batch, D numbers per box code.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_ma
 from ssod.ops.forms import graph_target
 from ssod.ops.host import owners
 from ssod.ops.losses import weighted_sum
-from ssod.ops.roi import roi_features, roi_strides
+from ssod.ops.roi import roi_features, roi_strides, rows_by_stride
 from ssod.ops.suppression import nms_batch, nms_levels
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
 
@@ -195,13 +196,27 @@ class FasterRCNN(PyramidDetector):
         """The regions that `decode` looks at: B tensors [R, 4] xyxy pixels, by descending objectness, no gradient."""
         return self._propose(output, self.options.test_pre_nms, self.options.test_proposals)
 
-    def read(self, output: DenseOutput, boxes: list[Tensor], labels: list[Tensor] | None = None) -> RegionOutput:
-        """What the RoI head says of given boxes, B tensors [R, 4], corrected for given classes or for the best one."""
+    def read(
+        self,
+        output: DenseOutput,
+        boxes: list[Tensor],
+        labels: list[Tensor] | None = None,
+        wanted: Tensor | None = None,
+    ) -> RegionOutput:
+        """What the RoI head says of given boxes, B tensors [R, 4], corrected for given classes or for the best one; of
+        wanted ones only, where bool [M] says which."""
         with full_precision(output.logits):
-            logits, codes = self._region_head(output.pyramid, torch.cat(boxes), _image_of(boxes))
-            wanted = logits[:, :-1].argmax(dim=1) if labels is None else torch.cat(labels)  # [M]
-            corrected, quality = self.roi_codec.decode(self._codes_for(codes, wanted), torch.cat(boxes))
-            return RegionOutput(logits, wanted, corrected, quality)
+            every, image = torch.cat(boxes), _image_of(boxes)
+            of_class = None if labels is None else torch.cat(labels)
+            rows = of_stride = None
+            if wanted is not None:
+                rows, of_stride = rows_by_stride(every, wanted, list(self._roi_maps(output.pyramid)))
+                every, image = every[rows], image[rows]
+                of_class = None if of_class is None else of_class[rows]
+            logits, codes = self._region_head(output.pyramid, every, image, of_stride)
+            of_class = logits[:, :-1].argmax(dim=1) if of_class is None else of_class  # [M]
+            corrected, quality = self.roi_codec.decode(self._codes_for(codes, of_class), every)
+            return RegionOutput(logits, of_class, corrected, quality, rows)
 
     def classify(self, output: DenseOutput, boxes: list[Tensor]) -> list[Tensor]:
         """Class probabilities of given boxes: B tensors [R, 4] -> B tensors [R, K + 1], background last."""
@@ -228,10 +243,17 @@ class FasterRCNN(PyramidDetector):
 
     @torch.no_grad()
     def _propose(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
-        known = output.proposed if isinstance(output, _RpnOutput) else {}
-        if (pre_nms, post_nms) not in known:
-            known[pre_nms, post_nms] = self._find_proposals(output, pre_nms, post_nms)
-        return known[pre_nms, post_nms]
+        assert isinstance(output, _RpnOutput)
+        limits = pre_nms, post_nms
+        if limits not in output.proposed:
+            if output.whole is not None and output.logits.device.type != "cpu":
+                # A GPU is waited for once for all pieces.
+                whole, start = output.whole
+                every = self._propose(whole, *limits)
+                output.proposed[limits] = every[start : start + len(output.logits)]
+            else:
+                output.proposed[limits] = self._find_proposals(output, *limits)
+        return output.proposed[limits]
 
     def _find_proposals(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
         scores = output.logits.squeeze(-1).float()  # [B, P]
@@ -390,11 +412,13 @@ def _image_of(boxes: list[Tensor]) -> Tensor:
 
 @dataclass
 class _RpnOutput(DenseOutput):
-    """proposed: what was proposed by it, by the limits asked for: strategies ask the same output more than once."""
+    """proposed: what was proposed by it, by the limits asked for: strategies ask the same output more than once.
+    whole: where this is a piece of an output, that output and the first of its images that are here."""
 
     proposed: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    whole: tuple[_RpnOutput, int] | None = None
 
-    def part(self, rows: slice) -> DenseOutput:
-        part = super().part(rows)
-        assert isinstance(part, _RpnOutput)
-        return replace(part, proposed={k: v[rows] for k, v in self.proposed.items()})
+    def split(self, counts: list[int]) -> list[DenseOutput]:
+        starts = accumulate(counts, initial=0)
+        pieces = zip(super().split(counts), starts, strict=False)
+        return [replace(piece, proposed={}, whole=(self, start)) for piece, start in pieces]  # type: ignore[call-arg]

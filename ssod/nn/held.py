@@ -42,6 +42,11 @@ def statistics_held(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def normalises_by_batch(module: nn.Module) -> bool:
+    """Whether what `module` makes of an image depends on the images beside it: a batch norm that trains."""
+    return any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+
+
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """Means and variances [C] that the batch norms of `module` learn; none of those that are frozen."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

@@ -20,19 +20,7 @@ def reaches(instances: Instances, tau: Tensor) -> Tensor:
 
 def above(every: list[Instances], tau: Tensor) -> list[Instances]:
     """The detections of each image that reach the threshold of their class: tau [K], 0..1."""
-    return chosen(every, [reaches(i, tau) for i in every])
-
-
-def above_and_below(every: list[Instances], tau: Tensor) -> tuple[list[Instances], list[Instances]]:
-    """The detections that `above` gives, and the others."""
-    sure = [reaches(i, tau) for i in every]
-    parts = chosen(every * 2, [*sure, *(~s for s in sure)])
-    return parts[: len(every)], parts[len(every) :]
-
-
-def chosen(every: list[Instances], wanted: list[Tensor]) -> list[Instances]:
-    """The wanted objects of each image, a bool [N] each. A GPU is waited for once for all."""
-    return [i[rows] for i, rows in zip(every, true_rows(wanted), strict=True)]
+    return [i[rows] for i, rows in zip(every, true_rows([reaches(i, tau) for i in every]), strict=True)]
 
 
 def ignore_within(uncertain: list[Instances]) -> Weigh:

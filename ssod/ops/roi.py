@@ -30,6 +30,15 @@ def roi_strides(boxes: Tensor, strides: list[int]) -> Tensor:
     return wanted.clamp(strides[0], strides[-1]).long()
 
 
+def rows_by_stride(boxes: Tensor, wanted: Tensor, strides: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Rows of the wanted boxes, [M, 4] and bool [M] -> int64 [n], and which of these n each stride's map is for: what
+    `roi_features` asks for of them. A GPU is waited for once for both."""
+    own = roi_strides(boxes, strides)
+    rows, *of_stride = true_rows([wanted, *(wanted & (own == s) for s in strides)])
+    place = wanted.cumsum(0) - 1  # [M] where each is then
+    return rows, [place[each] for each in of_stride]
+
+
 def roi_features(
     maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int, of_stride: list[Tensor] | None = None
 ) -> Tensor:

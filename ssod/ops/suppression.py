@@ -18,6 +18,7 @@ from ssod.ops.boxes import iou_matrix, nms
 # Each pass settles boxes one link further down a chain of boxes that suppress one another; few chains are longer.
 PASSES = 20
 PAIRS = 2**25  # compared at once: 128 MB for a number of each
+FEW = 256  # boxes of an image that are compared without asking how many there are: sure ones, as pseudo boxes come from
 LARGEST = 6000  # boxes of an image above their threshold, as of a network that knows nothing yet
 
 
@@ -55,15 +56,18 @@ def _one_by_one(
 
 
 def _batch_together(
-    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float, most: int, size: int = FEW
 ) -> list[Tensor]:
-    size = int(valid.sum(dim=1).amax())  # one wait: all N of a dense head would be millions of pairs
-    if size > LARGEST:
-        return _one_by_one(boxes, scores, groups, valid, threshold, most)
+    """size: boxes of each image that are compared; where an image has more, as many as it has in a second attempt. All
+    N of a dense head would be millions of pairs."""
     ranked = scores.where(valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :size]  # [B, n]
-    boxes = boxes.gather(1, ranked.unsqueeze(-1).expand(-1, -1, 4))
-    over = _suppressing(boxes, groups.gather(1, ranked), threshold)
-    keep, counts = _settle(over, valid.gather(1, ranked), len(boxes))
+    near = boxes.gather(1, ranked.unsqueeze(-1).expand(-1, -1, 4))
+    over = _suppressing(near, groups.gather(1, ranked), threshold)
+    keep, counts, largest = _settle(over, valid.gather(1, ranked), len(boxes), valid.sum(dim=1).amax())
+    if largest > LARGEST:
+        return _one_by_one(boxes, scores, groups, valid, threshold, most)
+    if largest > size:
+        return _batch_together(boxes, scores, groups, valid, threshold, most, largest)
     first = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices  # kept ones, still by score
     kept = ranked.gather(1, first)
     return [rows[: min(n, most)] for rows, n in zip(kept, counts, strict=True)]
@@ -82,7 +86,8 @@ def _levels_together(
 
     place = stack(torch.arange(boxes.shape[1], device=boxes.device).expand(scores.shape), 0).flatten(1)  # [B, L * n]
     over = _suppressing(stack(boxes, 0.0).flatten(0, 1), None, threshold)  # [B * L, n, n]
-    keep, counts = _settle(over, stack(valid, False).flatten(0, 1), len(boxes))
+    there = stack(valid, False).flatten(0, 1)
+    keep, counts, _ = _settle(over, there, len(boxes), there.sum(dim=1).amax())
     score = stack(scores, -torch.inf).flatten(1).where(keep.view(len(boxes), -1), -torch.inf)
     ranked = place.gather(1, score.sort(dim=1, descending=True, stable=True).indices)
     return [rows[: min(n, most)] for rows, n in zip(ranked, counts, strict=True)]
@@ -102,13 +107,17 @@ def _suppressing(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tens
     return over
 
 
-def _settle(over: Tensor, valid: Tensor, images: int) -> tuple[Tensor, list[int]]:
-    """Which boxes the greedy choice keeps, bool [G, n], and how many of each image: one wait, where PASSES suffice."""
+def _settle(over: Tensor, valid: Tensor, images: int, largest: Tensor) -> tuple[Tensor, list[int], int]:
+    """Which boxes the greedy choice keeps, bool [G, n], how many of each image, and `largest` as a number: one wait,
+    where PASSES suffice.
+
+    largest  int64 [], most boxes of an image; beyond n there are some that were not compared, and nothing is settled
+    """
     keep = valid
     while True:
         for _ in range(PASSES):
             last, keep = keep, valid & ~(over & keep.unsqueeze(1)).any(dim=2)
         counts = keep.view(images, -1).sum(dim=1)
-        *numbers, changed = torch.cat([counts, (keep != last).any().view(1)]).tolist()
-        if not changed:
-            return keep, numbers
+        *numbers, most, changed = torch.cat([counts, torch.stack([largest, (keep != last).any()])]).tolist()
+        if not changed or most > over.shape[-1]:
+            return keep, numbers, most

@@ -70,6 +70,18 @@ def into_view(found: list[Instances], of: View, into: View) -> list[Instances]:
     return into_views(found, between(of.matrices, into.matrices), into.sizes)[0]
 
 
+def chosen_into_view(
+    found: list[Instances], choices: list[list[Tensor]], of: View, into: View
+) -> list[list[Instances]]:
+    """As `into_view`, several times: of each choice, a bool [N] an image, the chosen objects. A GPU is waited for once
+    for all."""
+    matrices = between(of.matrices, into.matrices)
+    moved = [_moved(f, m, s, MIN_AREA, MIN_VISIBLE) for f, m, s in zip(found, matrices, into.sizes, strict=True)]
+    masks = [shown & own for choice in choices for (_, shown), own in zip(moved, choice, strict=True)]
+    rows = iter(true_rows(masks))
+    return [[all_of_them[next(rows)] for all_of_them, _ in moved] for _ in choices]
+
+
 def into_views(found: list[Instances], matrices: Tensor, sizes: Tensor) -> tuple[list[Instances], list[Tensor]]:
     """`map_instances` of each image: matrices [B, 3, 3], sizes [B, 2]. A GPU is waited for once for all."""
     moved = [_moved(f, m, s, MIN_AREA, MIN_VISIBLE) for f, m, s in zip(found, matrices, sizes, strict=True)]

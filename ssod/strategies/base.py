@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssod.detectors.base import Detector
 from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
+from ssod.nn.held import normalises_by_batch
 from ssod.strategies.verdicts import FLOOR, Verdict, looking, unjudged
 from ssod.structures import Instances, SemiBatch, View
 
@@ -80,21 +81,42 @@ class Strategy(nn.Module):
         self._ema: Ema | None = None
 
     def forward(self, batch: SemiBatch, step: int) -> StepOutput:
-        out = StepOutput({f"sup/{k}": v for k, v in self.supervised(batch).items()})
-        if batch.strong is not None:
-            extra = self.unsupervised(batch, step)
+        views = [batch.labeled] if batch.strong is None else [batch.labeled, batch.strong]
+        output, *strong = self.student_outputs(views)
+        out = StepOutput({f"sup/{k}": v for k, v in self.supervised(batch, output).items()})
+        if strong:
+            extra = self.unsupervised(batch, step, strong[0])
             out.losses.update({f"unsup/{k}": v for k, v in extra.losses.items()})
             out.stats.update(extra.stats)
             out.found, out.used = extra.found, extra.used
         return out
 
-    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
-        view = batch.labeled
-        return self.student.loss(self.student.head(self.student.features(view.images, view.sizes)), view.targets)
+    def supervised(self, batch: SemiBatch, output: Any) -> dict[str, Tensor]:
+        """Losses of the labelled images, of which `output` is the student's raw output."""
+        return self.student.loss(output, batch.labeled.targets)
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
-        """Losses of the unlabelled images, already weighted."""
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
+        """Losses of the unlabelled images, already weighted. output: the student's raw one on the strong view."""
         return StepOutput()
+
+    def student_output(self, view: View) -> Any:
+        """The student's raw output on a view: what its `loss` takes."""
+        return self.student.head(self.student.features(view.images, view.sizes))
+
+    def student_outputs(self, views: list[View]) -> list[Any]:
+        """The student's raw output on each view. On a GPU views of one shape go through it as one batch: half as many
+        kernels, each of more work. Not where a batch norm would then normalise one view by the other, and not on a CPU,
+        whose caches the smaller batches fit better."""
+        alike = len({view.images.shape[1:] for view in views}) == 1 < len(views)
+        if alike and views[0].images.device.type != "cpu" and not normalises_by_batch(self.student):
+            return self.joint_outputs(views)
+        return [self.student_output(view) for view in views]
+
+    def joint_outputs(self, views: list[View]) -> list[Any]:
+        """As `student_outputs`, of views of one shape, in one batch."""
+        images, sizes = torch.cat([v.images for v in views]), torch.cat([v.sizes for v in views])
+        whole = self.student.head(self.student.features(images, sizes))
+        return whole.split([len(view) for view in views])
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step, `step` counting from 0."""

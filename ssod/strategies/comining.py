@@ -23,12 +23,11 @@ from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix
 from ssod.ops.host import true_rows
 from ssod.ops.suppression import nms_batch
-from ssod.ops.views import into_view
+from ssod.ops.views import between, into_views
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.verdicts import FLOOR, Verdict, judged, looking, scores
 from ssod.structures import DenseOutput, Instances, SemiBatch, View
 
-Two = tuple[View, View]
 # Of a detection, by whether its object is annotated; None: it is not sure enough to ask.
 _REASONS = {
     False: "its class score is above tau {tau:.2f}, and nobody has annotated it: teaches the other view",
@@ -63,41 +62,38 @@ class CoMining(Strategy):
 
         Raises UserError unless the labelled images come in two views.
         """
-        views = two_views(batch.labeled)
-        output = self.student_output(batch.labeled)
-        outputs = output.part(slice(len(views[0]))), output.part(slice(len(views[0]), None))
-        wanted = [partly and step >= self.options.mine_from for partly in partly_labeled(views[0])]
-        losses, mined = self.learn(outputs, views, wanted)
-        out = StepOutput({f"sup/{k}": v for k, v in losses.items()}, statistics(mined, "mined"))
+        check_two_views(batch.labeled)
+        views = [batch.labeled]
         if batch.weak is not None and batch.strong is not None:
-            views = batch.weak, batch.strong
-            outputs = self.student_output(batch.weak), self.student_output(batch.strong)
-            losses, mined = self.learn(outputs, views, [True] * len(batch.weak))
+            views.append(View.cat([batch.weak, batch.strong]))
+        output, *unlabeled = self.student_outputs(views)
+        wanted = [partly and step >= self.options.mine_from for partly in partly_labeled(batch.labeled)]
+        losses, mined = self.learn(output, batch.labeled, wanted)
+        out = StepOutput({f"sup/{k}": v for k, v in losses.items()}, statistics(mined, "mined"))
+        if unlabeled:
+            losses, mined = self.learn(unlabeled[0], views[1], [True] * len(views[1]))
             out.losses.update({f"unsup/{k}": self.options.weight * v for k, v in losses.items()})
             out.stats.update(statistics(mined, "mined/unlabeled"))
         return out
 
-    def student_output(self, view: View) -> Any:
-        return self.student.head(self.student.features(view.images, view.sizes))
-
-    def learn(
-        self, outputs: tuple[Any, Any], views: Two, wanted: list[bool]
-    ) -> tuple[dict[str, Tensor], list[Instances]]:
+    def learn(self, output: Any, views: View, wanted: list[bool]) -> tuple[dict[str, Tensor], list[Instances]]:
         """L_o + L_a by name, each divided by what it counts itself, and what was mined.
 
-        outputs  raw outputs of the two views of B images
-        wanted   B flags: whether an image may be mined
+        output  raw output of both views
+        views   B images in view o, then the same in view a
+        wanted  2 B flags: whether an image may be mined
         The second result has an entry for each mined image and view: the boxes that this view learns from.
         """
         wanted = [w and self.options.mine for w in wanted]
-        found = self.mine(outputs[0], views[0], wanted), self.mine(outputs[1], views[1], wanted)
-        mined = into_view(found[1], views[1], views[0]), into_view(found[0], views[0], views[1])
+        found = self.mine(output, views, wanted) if any(wanted) else [t[:0] for t in views.targets]
+        mined = exchanged(found, views) if any(wanted) else found
+        targets = [joined(y, p) for y, p in zip(views.targets, mined, strict=True)]
+        half = len(views) // 2
         losses: dict[str, Tensor] = {}
-        for output, view, new in zip(outputs, views, mined, strict=True):
-            targets = [joined(y, p) for y, p in zip(view.targets, new, strict=True)]
-            for name, value in self.student.loss(output, targets).items():
+        for own, learned in zip(output.split([half, half]), (targets[:half], targets[half:]), strict=True):
+            for name, value in self.student.loss(own, learned).items():
                 losses[name] = losses[name] + value if name in losses else value
-        return losses, [p for new in mined for p, w in zip(new, wanted, strict=True) if w]
+        return losses, [p for p, w in zip(mined, wanted, strict=True) if w]
 
     @torch.no_grad()
     def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
@@ -153,31 +149,34 @@ class CoMining(Strategy):
     @torch.no_grad()
     def mine(self, output: Any, view: View, wanted: list[bool]) -> list[Instances]:
         """Confident boxes of each image that nobody has annotated, in pixels of the view; none in unwanted images."""
-        if not any(wanted):
-            return [Instances(t.boxes[:0], t.labels[:0], t.boxes[:0, 0]) for t in view.targets]
         o = self.options
         found = confident(self.student, output, o.tau, o.theta1, o.max_boxes)
         asked = [f if w else f[:0] for f, w in zip(found, wanted, strict=True)]
         return unannotated(asked, view.targets, o.theta2)
 
 
-def two_views(view: View) -> Two:
-    """The two halves of a labelled batch: views of the same images in the same order.
-
-    Raises UserError where they are not.
-    """
+def check_two_views(view: View) -> None:
+    """Raises UserError unless the halves of a labelled batch are views of the same images in the same order."""
     half = len(view) // 2
     if not half or view.indices[:half] != view.indices[half:]:
         raise UserError(
             "strategy=comining learns from two views of each labelled image and augment.labeled gives one; set "
             "augment=comining, or augment.labeled to a list of two views such as [weak, comining]."
         )
-    return view.part(slice(half)), view.part(slice(half, None))
+
+
+def exchanged(found: list[Instances], views: View) -> list[Instances]:
+    """What was found in each of two views, B images in one and then the same in the other: in the pixels, and at the
+    places, of the other one. What is clipped away there is dropped."""
+    half = len(views) // 2
+    into = between(views.matrices, views.matrices.roll(half, 0))
+    moved, _ = into_views(found, into, views.sizes.roll(half, 0))
+    return moved[half:] + moved[:half]
 
 
 def partly_labeled(view: View) -> list[bool]:
     """Whether objects of each image may be without annotation."""
-    return [False] * len(view) if view.complete is None else (~view.complete).tolist()
+    return [False] * len(view) if view.complete is None else [not each for each in view.complete]
 
 
 def confident(detector: Detector, output: Any, tau: float, theta1: float, most: int) -> list[Instances]:

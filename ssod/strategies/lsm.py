@@ -8,11 +8,12 @@ between alpha and tau, the main classifier at full size learns its prediction.
 
 `L = L_s + w_u L_main(tau) + w_p L_PIM(alpha) + w_d L_SD`. Inference knows nothing of the auxiliary classifier.
 
-Letters: M candidates of the batch, C of them chosen, K classes.
+Letters: M candidates of the batch, K classes.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ssod.errors import UserError
 from ssod.nn.held import parameters_held, statistics_held
 from ssod.ops.distill import foreground_weight
 from ssod.ops.half import half_size
-from ssod.ops.pseudo import above, reaches
+from ssod.ops.pseudo import reaches
 from ssod.strategies.aux_head import copied_classifier, with_classifier
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.foreground import JUDGED
@@ -54,9 +55,9 @@ class LSM(TeacherStudent):
         super().__init__(student, options, plan)
         self.aux = copied_classifier(student) if options.pim else None
 
-    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+    def supervised(self, batch: SemiBatch, output: Any) -> dict[str, Tensor]:
         """The labelled images teach the auxiliary classifier, too, and by this term nothing but it."""
-        losses = super().supervised(batch)
+        losses = super().supervised(batch, output)
         if self.aux is not None:
             with parameters_held(self.student):
                 output = self.half_output(batch.labeled)
@@ -64,16 +65,16 @@ class LSM(TeacherStudent):
             losses["pim"] = self.options.pim_weight * torch.stack(list(own.values())).sum()
         return losses
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         options = self.options
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
-        mapped = self.to_strong(batch, found)
         tau = self.thresholds_in_force()
-        targets = [as_targets(m) for m in above(mapped, tau)]
-        output = self.student_output(batch.strong)
+        sure, every = [reaches(f, tau) for f in found], [scores(f) >= 0 for f in found]
+        main, mapped = self.chosen_to_strong(batch, found, sure, every)
+        targets = [as_targets(m) for m in main]
         losses = self.student.loss(output, targets) | self.across_scales(batch, seen)
         out = self.step_output(losses, step, found, targets, options.tau)
         if self.aux is None:
@@ -85,9 +86,8 @@ class LSM(TeacherStudent):
         out.losses |= {f"pim/{k}": ramp * options.pim_weight * v for k, v in mined.items()}
         out.stats["pseudo/pim_per_image"] = sum(map(len, mapped)) / len(mapped)
         if options.distill:
-            pairs = pair(
-                self.student, output, self.twin(), half, None, lambda t: unsure(t, True, options.alpha, options.tau)
-            )
+            worth = partial(unsure, low=options.alpha, high=options.tau)
+            pairs = pair(self.student, output, self.twin(), half, None, worth)
             loss, chosen = self_distillation(pairs, options.alpha, options.tau)
             out.losses["distill"] = ramp * options.distill_weight * loss
             out.stats["distill/per_image"] = chosen / len(mapped)
@@ -147,7 +147,7 @@ def classes_only(candidates: Candidates) -> Weights:
     return Weights(cls=nothing if candidates.stage == "rpn" else None, box=nothing)
 
 
-def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Tensor, int]:
+def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Tensor, Tensor]:
     """KL(F_aux || F_main), the mean over the candidates whose auxiliary score lies in [low, high], and their number.
 
     The score is the highest probability of a class; a sigmoid's KL is the sum of the binary ones of each class, a
@@ -155,11 +155,12 @@ def self_distillation(pairs: list[Paired], low: float, high: float) -> tuple[Ten
     """
     judged = next(p for p in pairs if p.stage in JUDGED)
     with full_precision(judged.logits):
-        chosen = unsure(judged.target, judged.exclusive, low, high).nonzero().squeeze(1)  # [C]
-        main, aux = judged.logits[chosen].float(), judged.target[chosen].detach().float()
+        chosen = unsure(judged.target, judged.exclusive, low, high)  # [M]
         outcomes = _exclusive if judged.exclusive else _independent
-        total = F.kl_div(outcomes(main), outcomes(aux), reduction="sum", log_target=True)
-        return total / dist.shared(total.new_full((), len(chosen))), len(chosen)
+        main, aux = outcomes(judged.logits.float()), outcomes(judged.target.detach().float())
+        each = F.kl_div(main, aux, reduction="none", log_target=True).sum(dim=1)
+        count = chosen.sum()
+        return each.where(chosen, 0.0).sum() / dist.shared(count.float()), count
 
 
 def unsure(logits: Tensor, exclusive: bool, low: float, high: float) -> Tensor:
@@ -169,13 +170,13 @@ def unsure(logits: Tensor, exclusive: bool, low: float, high: float) -> Tensor:
 
 
 def _exclusive(logits: Tensor) -> Tensor:
-    """Log probabilities of one of the classes and the background: [C, K + 1]."""
+    """Log probabilities of one of the classes and the background: [M, K + 1]."""
     return logits.log_softmax(dim=1)
 
 
 def _independent(logits: Tensor) -> Tensor:
-    """Log probabilities of yes and of no for each class: [2, C, K]."""
-    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)])
+    """Log probabilities of yes and of no for each class: [M, 2 K]."""
+    return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
 
 
 def _check(student: Detector, options: LSM.Options) -> None:

@@ -7,7 +7,7 @@ hard pseudo boxes: Unbiased Teacher, Liu et al., 2021.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssod import dist
 from ssod.detectors.base import Detector
-from ssod.ops.pseudo import BINS, above_and_below, ignore_within, matching_thresholds, reaches, score_histogram
+from ssod.ops.pseudo import BINS, ignore_within, matching_thresholds, reaches, score_histogram
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
 from ssod.strategies.verdicts import Verdict, compared, judged, scores
@@ -51,17 +51,17 @@ class MeanTeacher(TeacherStudent):
         self.register_buffer("score_counts", torch.zeros(k, BINS))  # teacher's boxes by class and score, decayed ...
         self.register_buffer("score_images", torch.zeros(()))  # ... in so many unlabelled images, decayed
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.teacher_output(batch.weak)
         detections = self.decode(seen, self.lowest())
         tau = self.thresholds(detections)
-        mapped = self.to_strong(batch, detections)
-        sure, unsure = above_and_below(mapped, tau)
+        high = [reaches(d, tau) for d in detections]
+        sure, unsure = self.chosen_to_strong(batch, detections, high, [~h for h in high])
         targets = [self.as_targets(s) for s in sure]
         weigh = ignore_within(unsure) if self.options.ignore else None
-        losses = self.student.loss(self.student_output(batch.strong), targets, weigh)
+        losses = self.student.loss(output, targets, weigh)
         losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, detections, targets, tau)
 

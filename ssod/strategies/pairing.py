@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,14 +19,14 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
 from ssod.ops.boxes import centers, clip
-from ssod.ops.host import owners, true_rows
+from ssod.ops.host import owners
 from ssod.ops.hungarian import match_hungarian
 from ssod.ops.places import same_grid, same_place, within
 from ssod.ops.set_matching import pair_costs, to_centers, to_corners
 from ssod.ops.views import between, into_views, map_boxes
 from ssod.structures import DenseOutput, Instances, SlotOutput
 
-Worth = Callable[[Tensor], Tensor]
+Worth = Callable[[Tensor, bool], Tensor]
 REGIONS = 512  # of an image, the judge's best: as many as a region head sees in its own loss
 
 
@@ -65,8 +64,9 @@ def pair(
     seen      raw output of the judge, a detector of the same kind, on the same images in another view
     matrices  float64 [B, 3, 3], pixels of the learner's view -> pixels of the judge's; None: one geometry, though one
               of them may have seen images of half the size
-    worth     the judge's logits of regions [M, K + 1] -> bool [M], those that the learner reads and that are paired;
-              None: all. The learner's head is the expensive one, as it has a gradient
+    worth     the judge's logits of the last stage's candidates, and whether their classes are exclusive, as in `Paired`
+              -> bool [M], those that are paired; None: all. Of regions the learner reads no others: its head is the
+              expensive one, as it has a gradient
     Where the views differ, only what both show is paired, and the judge's boxes are clipped to the learner's view.
     """
     if isinstance(learner, HasRegions):
@@ -79,7 +79,7 @@ def pair(
         ]
     if isinstance(learner, HasSlots):
         assert isinstance(judge, HasSlots)
-        found = [_queries(learner, output, judge, seen, matrices)]
+        found = [_queries(learner, output, judge, seen, matrices, worth)]
         if learner.slots(output).dense is None:
             return found
         assert isinstance(learner, HasDense)
@@ -87,10 +87,18 @@ def pair(
         return [*found, _dense("encoder", learner, output, judge, seen, matrices)]
     assert isinstance(learner, HasDense)
     assert isinstance(judge, HasDense)
-    return [_dense("dense", learner, output, judge, seen, matrices)]
+    return [_dense("dense", learner, output, judge, seen, matrices, worth)]
 
 
-def _dense(stage: str, learner: HasDense, output: Any, judge: HasDense, seen: Any, matrices: Tensor | None) -> Paired:
+def _dense(
+    stage: str,
+    learner: HasDense,
+    output: Any,
+    judge: HasDense,
+    seen: Any,
+    matrices: Tensor | None,
+    worth: Worth | None = None,
+) -> Paired:
     """By place; one geometry and one grid need no search."""
     own = learner.dense(output)
     with torch.no_grad():
@@ -102,6 +110,10 @@ def _dense(stage: str, learner: HasDense, output: Any, judge: HasDense, seen: An
         else:
             rows, there = _same_places(own, other, matrices)
             image = rows // count
+        if worth is not None:
+            kept = worth(_rows(other.logits, there), False).nonzero().squeeze(1)
+            rows, there = (kept if r is None else r[kept] for r in (rows, there))
+            image = image[kept]
 
     def boxes(chosen: Tensor) -> tuple[Tensor, Tensor]:
         mine = chosen if rows is None else rows[chosen]  # rows of the learner's B * P
@@ -161,20 +173,17 @@ def _roi(
         counts = [len(regions) for regions in there]
         judged = judge.read(seen, there)
         image = owners(counts, judged.labels.device)
-        target = _to_learner(judged.boxes, image, sizes, matrices)
-        logits, labels = judged.logits, judged.labels
-        if worth is not None:
-            kept = true_rows(worth(logits).split(counts))  # [R] of each image
-            here = [regions[own] for regions, own in zip(here, kept, strict=True)]
-            starts = accumulate(counts, initial=0)
-            every = torch.cat([own + start for own, start in zip(kept, starts, strict=False)])
-            counts = [len(regions) for regions in here]
-            image, target, logits, labels = image[every], target[every], logits[every], labels[every]
-    said = learner.read(output, here, list(labels.split(counts)))
+        target, logits = _to_learner(judged.boxes, image, sizes, matrices), judged.logits
+        wanted = None if worth is None else worth(logits, True)
+    said = learner.read(output, here, list(judged.labels.split(counts)), wanted)
+    if said.rows is not None:
+        image, target, logits = image[said.rows], target[said.rows], logits[said.rows]
     return Paired("roi", image, said.logits, logits, True, lambda rows: (said.boxes[rows], target[rows]))
 
 
-def _queries(learner: HasSlots, output: Any, judge: HasSlots, seen: Any, matrices: Tensor | None) -> Paired:
+def _queries(
+    learner: HasSlots, output: Any, judge: HasSlots, seen: Any, matrices: Tensor | None, worth: Worth | None
+) -> Paired:
     """Queries of the last layer, matched by the detector's own costs, with the judge's probabilities as labels."""
     own, other = learner.slots(output), judge.slots(seen)
     with full_precision(own.logits):
@@ -186,7 +195,11 @@ def _queries(learner: HasSlots, output: Any, judge: HasSlots, seen: Any, matrice
             wanted = to_centers(target / extent[:, None])
             cost = pair_costs(own.logits[-1], own.boxes[-1], probability, wanted, learner.cost)  # [B, Q, Q']
             matched = match_hungarian(cost, shown)  # [B, Q]
-            image, query = (matched >= 0).nonzero(as_tuple=True)  # [M]
+            paired = matched >= 0
+            if worth is not None:
+                each = other.logits[-1].gather(1, matched.clamp(min=0).unsqueeze(-1).expand_as(own.logits[-1]))
+                paired &= worth(each.flatten(0, 1), False).view_as(paired)
+            image, query = paired.nonzero(as_tuple=True)  # [M]
             theirs = matched[image, query]
             target = target[image, theirs]
     boxes = corners[image, query]

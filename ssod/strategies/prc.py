@@ -8,6 +8,8 @@ RPL's thresholds and weights by class go with both (`balance.py`); they are off 
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor
 
@@ -48,14 +50,13 @@ class PRC(TeacherStudent):
         self.balance.fade(step)
         return super().forward(batch, step)
 
-    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+    def supervised(self, batch: SemiBatch, output: Any) -> dict[str, Tensor]:
         self.count_labels(batch.labeled)
         alpha = self.balance.weights() if batch.strong is not None else None  # as in RPL: once pseudo boxes teach
         own = mean_over_foreground if self.options.ler else None
-        output = self.student_output(batch.labeled)
         return self.balance.loss(self.student, output, batch.labeled.targets, alpha, own)
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         tau, alpha = self.thresholds_in_force(), self.balance.weights()
@@ -63,7 +64,6 @@ class PRC(TeacherStudent):
         found = self.decode(seen, self.lowest())
         pseudo = above(found, tau)
         targets = [self.as_targets(d) for d in self.to_strong(batch, pseudo)]
-        output = self.student_output(batch.strong)
         reliability = judge(self.teacher, WeakView.of(batch, seen), output, pseudo, self.student)
         weighed: dict[str, Tensor | float] = {}
         own = self.weigher(reliability, weighed)

@@ -18,7 +18,7 @@ from ssod.detectors.base import Detector
 from ssod.detectors.pyramid import PyramidDetector
 from ssod.errors import UserError
 from ssod.nn.ema import Ema, frozen_copy
-from ssod.ops.pseudo import above, reaches
+from ssod.ops.pseudo import reaches
 from ssod.strategies.balance import Balance, BalanceOptions
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.ensemble import Together, fuse
@@ -74,20 +74,21 @@ class RPL(TeacherStudent):
         self.balance.fade(step)
         return super().forward(batch, step)
 
-    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+    def supervised(self, batch: SemiBatch, output: Any) -> dict[str, Tensor]:
         """Re-weighting acts in stage two, on labelled and unlabelled images alike (Eq. 2 has both terms)."""
         self.count_labels(batch.labeled)
         stage_two = batch.strong is not None
-        return self.learn(batch.labeled, batch.labeled.targets, self.balance.weights() if stage_two else None)
+        alpha = self.balance.weights() if stage_two else None
+        return self.learn(output, batch.labeled, batch.labeled.targets, alpha)
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.outputs(batch.weak)
         detections = self.detect(seen, LOWEST)
         tau, alpha = self.thresholds_in_force(), self.balance.weights()
-        targets = above(self.to_strong(batch, detections), tau)
-        losses = self.learn(batch.strong, targets, alpha) | self.across_scales(batch, *seen)
+        (targets,) = self.chosen_to_strong(batch, detections, [reaches(d, tau) for d in detections])
+        losses = self.learn(output, batch.strong, targets, alpha) | self.across_scales(batch, *seen)
         out = self.step_output(losses, step, detections, targets, tau)
         out.stats |= self.balance.stats(tau, alpha)
         return out
@@ -117,13 +118,16 @@ class RPL(TeacherStudent):
             verdicts.append(judged(f, kept, f[kept], reasons, tau, alpha))
         return verdicts
 
-    def learn(self, view: View, targets: list[Instances], alpha: Tensor | None) -> dict[str, Tensor]:
-        """Losses of each student on a view, the second one's as "2/NAME", foreground weighted by alpha [K]."""
-        losses: dict[str, Tensor] = {}
-        for i, (student, _) in enumerate(self.pairs()):
-            output = student.head(student.features(view.images, view.sizes))
-            part = self.balance.loss(student, output, targets, alpha)
-            losses |= {f"{i + 1}/{name}" if i else name: value for name, value in part.items()}
+    def learn(self, output: Any, view: View, targets: list[Instances], alpha: Tensor | None) -> dict[str, Tensor]:
+        """Losses of each student on a view, the second one's as "2/NAME", foreground weighted by alpha [K].
+
+        output  the first student's raw one
+        """
+        losses = self.balance.loss(self.student, output, targets, alpha)
+        if self.student2 is not None:
+            second = self.student2.head(self.student2.features(view.images, view.sizes))
+            own = self.balance.loss(self.student2, second, targets, alpha)
+            losses |= {f"2/{name}": value for name, value in own.items()}
         return losses
 
     def _confident(self, detections: Instances) -> Instances:

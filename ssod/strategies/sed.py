@@ -10,6 +10,8 @@ across scales). No threshold says what is background: each candidate weighs as m
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from ssod.detectors.base import Detector
@@ -42,11 +44,10 @@ class SED(TeacherStudent):
         super().__init__(student, options, plan)
         self.distillation = Distillation(options.box_weight, options.reweight)
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.teacher_output(batch.weak)
-        output = self.student_output(batch.strong)
         pairs = pair(self.student, output, self.teacher, seen, to_weak(batch))
         losses = self.distillation.losses(pairs) | self.across_scales(batch, seen)
         weight = self.options.weight * self.ramp(step)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ssod import dist
 from ssod.detectors.base import Detector, HasRegions
 from ssod.errors import UserError
-from ssod.ops.pseudo import chosen
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.reliability import WeakView, region_background
 from ssod.strategies.teacher_student import TeacherStudent, TeacherStudentOptions
@@ -48,18 +47,17 @@ class SoftTeacher(TeacherStudent):
         if options.jitters == 1:
             raise UserError("strategy.jitters=1 has no spread; give at least 2 copies, or 0 to choose boxes by score.")
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
-        mapped = self.to_strong(batch, self.mark_steady(seen, found))
-        wanted = [*(scores(m) > self.options.tau for m in mapped), *(_steady(m) for m in mapped)]
-        both = [_bare(m) for m in chosen(mapped * 2, wanted)]
-        classes, boxes = both[: len(mapped)], both[len(mapped) :]
+        marked = self.mark_steady(seen, found)
+        sure = [scores(m) > self.options.tau for m in marked]
+        both = self.chosen_to_strong(batch, marked, sure, [_steady(m) for m in marked])
+        classes, boxes = ([_bare(t) for t in targets] for targets in both)
 
         # Two sets of targets, so the candidates are assigned and sampled twice, as in the authors' code.
-        output = self.student_output(batch.strong)
         losses = self.student.loss(output, classes, self.weigh_classes(WeakView.of(batch, seen)))
         for name, value in self.student.loss(output, boxes, weigh_boxes).items():
             losses[name] = losses[name] + value

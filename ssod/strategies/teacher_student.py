@@ -18,7 +18,7 @@ from ssod.errors import UserError
 from ssod.nn.held import statistics_held
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import class_counts
-from ssod.ops.views import between, into_view
+from ssod.ops.views import between, chosen_into_view, into_view
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.distillation import Distillation
 from ssod.structures import Instances, SemiBatch, View
@@ -57,9 +57,9 @@ class TeacherStudent(Strategy):
         self.register_buffer("label_counts", torch.zeros(student.num_classes))
         self.register_buffer("label_images", torch.zeros(()))
 
-    def supervised(self, batch: SemiBatch) -> dict[str, Tensor]:
+    def supervised(self, batch: SemiBatch, output: Any) -> dict[str, Tensor]:
         self.count_labels(batch.labeled)
-        return super().supervised(batch)
+        return super().supervised(batch, output)
 
     def count_labels(self, view: View) -> None:
         """Add the labelled images of a step, of all ranks, to the label statistics."""
@@ -67,10 +67,6 @@ class TeacherStudent(Strategy):
         counts = dist.all_reduce_sum(torch.cat([boxes, boxes.new_full((1,), len(view))]))
         self.label_counts += counts[:-1]
         self.label_images += counts[-1]
-
-    def student_output(self, view: View) -> Any:
-        """The student's raw output on a view: what its `loss` takes."""
-        return self.student.head(self.student.features(view.images, view.sizes))
 
     @torch.no_grad()
     def teacher_output(self, view: View) -> Any:
@@ -93,6 +89,14 @@ class TeacherStudent(Strategy):
         assert batch.weak is not None
         assert batch.strong is not None
         return into_view(detections, batch.weak, batch.strong)
+
+    def chosen_to_strong(
+        self, batch: SemiBatch, detections: list[Instances], *choices: list[Tensor]
+    ) -> list[list[Instances]]:
+        """As `to_strong` for each choice, a bool [N] an image: the chosen detections. A GPU is waited for once."""
+        assert batch.weak is not None
+        assert batch.strong is not None
+        return chosen_into_view(detections, list(choices), batch.weak, batch.strong)
 
     def across_scales(self, batch: SemiBatch, *seen: Any) -> dict[str, Tensor]:
         """Losses "half/NAME": the student on the strong view at half size against the teacher on the weak view at full

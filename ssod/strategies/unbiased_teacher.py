@@ -6,6 +6,8 @@ Its remedy against the imbalance of pseudo labels, a focal loss in place of cros
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -25,13 +27,13 @@ class UnbiasedTeacher(TeacherStudent):
 
     options: Options
 
-    def unsupervised(self, batch: SemiBatch, step: int) -> StepOutput:
+    def unsupervised(self, batch: SemiBatch, step: int, output: Any) -> StepOutput:
         assert batch.weak is not None
         assert batch.strong is not None
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
         targets = [self.as_targets(d) for d in self.to_strong(batch, found)]
-        losses = self.student.loss(self.student_output(batch.strong), targets)
+        losses = self.student.loss(output, targets)
         losses |= self.across_scales(batch, seen)
         return self.step_output(losses, step, found, targets, self.options.tau)
 

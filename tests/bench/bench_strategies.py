@@ -171,8 +171,7 @@ def looks_at_half_size(config: TrainConfig) -> bool:
 def twice(view: View) -> View:
     """Two views of the same partly labelled images, here equal ones."""
     both = [torch.cat([t, t]) for t in (view.images, view.sizes, view.matrices)]
-    partly = torch.zeros(2 * len(view), dtype=torch.bool, device=view.images.device)
-    return View(both[0], both[1], both[2], view.targets * 2, view.indices * 2, partly)
+    return View(both[0], both[1], both[2], view.targets * 2, view.indices * 2, [False] * 2 * len(view))
 
 
 def pictures(count: int, seed: int, config: TrainConfig, args: argparse.Namespace) -> View:

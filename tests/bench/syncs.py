@@ -61,7 +61,8 @@ READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)
 DETECTORS: dict[str, dict[str, Any]] = {
     "fcos": {"fpn_channels": 32, "head_convs": 1},
     "retinanet": {"fpn_channels": 32, "head_convs": 1},
-    "faster_rcnn": {"fpn_channels": 32, "box_head_width": 64, "train_pre_nms": 200, "test_pre_nms": 200},
+    "faster_rcnn": {"fpn_channels": 32, "box_head_width": 64, "train_pre_nms": 200, "test_pre_nms": 200}
+    | {"test_proposals": 40},  # of 6 classes each: no more boxes than a trained network is sure of
     "deformable_detr": {"width": 32, "queries": 20, "encoder_layers": 1, "decoder_layers": 2, "feed_forward": 32},
 }
 # Thresholds as low as the scores of networks that have not learned, so that there are pseudo boxes.
@@ -278,6 +279,7 @@ def step_counts(
         "labeled": images,
         "detector": {"name": detector, **DETECTORS[detector], **needs(detector, strategy)},
         "backbone": "test_resnet",
+        "frozen_norm": True,
         "strategy": {"name": strategy, **STRATEGIES[strategy], **without},
         "imgsz": 64,
         "iters": 3,

@@ -50,11 +50,11 @@ def test_the_student_gets_the_painted_view_and_the_teacher_the_plain_one(
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     unsupervised = MeanTeacher.unsupervised
 
-    def watch(self: MeanTeacher, batch: SemiBatch, step: int) -> Any:
+    def watch(self: MeanTeacher, batch: SemiBatch, step: int, output: Any) -> Any:
         assert batch.weak is not None
         assert batch.strong is not None
         seen.append((batch.weak.images, batch.strong.images))
-        return unsupervised(self, batch, step)
+        return unsupervised(self, batch, step, output)
 
     monkeypatch.setattr(MeanTeacher, "unsupervised", watch)
     for place in ("worker", "device"):

@@ -71,7 +71,7 @@ def test_comining_shows_what_it_mines(tiny: Tiny, shapes_data: Path, tmp_path: P
     film = Film(trainer)
     (still,) = film.reel.choose(1)
     assert still.view.complete is not None
-    assert not still.view.complete.any()
+    assert not any(still.view.complete)
     pair = film.reel.pair(still.index, 1)
     assert pair is not None
     assert torch.equal(pair[0].matrices, pair[1].matrices), "two views of one geometry"

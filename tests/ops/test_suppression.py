@@ -61,8 +61,19 @@ def test_too_many_boxes_are_taken_image_by_image(monkeypatch: pytest.MonkeyPatch
     given = scene(3, 2, 60)
     expected = [t.tolist() for t in _batch_together(*given, 0.5, 60)]
     monkeypatch.setattr(suppression, "LARGEST", 10)
-    monkeypatch.setattr(suppression, "_settle", None)  # not asked any more
+    asked = []
+    monkeypatch.setattr(suppression, "_one_by_one", lambda *all_: asked.append(1) or _one_by_one(*all_))
     assert [t.tolist() for t in _batch_together(*given, 0.5, 60)] == expected
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("size", [1, 20, 40, 41, 59, 60, 100])
+def test_more_boxes_than_are_compared_at_first(size: int) -> None:
+    boxes, scores, groups, valid = scene(3, 3, 60)
+    valid[:] = torch.arange(60) % 3 > 0  # 40 of each image ...
+    valid[1, 1:] = False  # ... but of one
+    expected = [t.tolist() for t in _one_by_one(boxes, scores, groups, valid, 0.5, 60)]
+    assert [t.tolist() for t in _batch_together(boxes, scores, groups, valid, 0.5, 60, size)] == expected
 
 
 def test_no_box_at_all() -> None:

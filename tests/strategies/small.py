@@ -7,7 +7,7 @@ import torch
 from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.strategies import build_strategy
-from ssod.strategies.base import Plan, Strategy
+from ssod.strategies.base import Plan, StepOutput, Strategy
 from ssod.structures import Candidates, Instances, SemiBatch, View
 
 SIZE, K = 64, 3
@@ -54,6 +54,17 @@ def candidates(foreground: int, background: int, stage: str, divisor: float | No
     labels = torch.tensor([1] * foreground + [K] * background)
     boxes = torch.tensor([[4.0 + i, 8, 30 + i, 40] for i in range(count)]).view(-1, 4)
     return Candidates(boxes, torch.zeros(count, dtype=torch.int64), labels, matched, stage, divisor or float(count))
+
+
+def on_labeled(s: Strategy, batch: SemiBatch) -> dict[str, torch.Tensor]:
+    """The losses of the labelled images alone."""
+    return s.supervised(batch, s.student_output(batch.labeled))
+
+
+def on_unlabeled(s: Strategy, batch: SemiBatch, step: int = 0) -> StepOutput:
+    """What a step makes of the unlabelled images alone."""
+    assert batch.strong is not None
+    return s.unsupervised(batch, step, s.student_output(batch.strong))
 
 
 def unsupervised(losses: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import K, batch, candidates, strategy
+from small import K, batch, candidates, on_labeled, on_unlabeled, strategy
 
 from ssod.errors import UserError
 from ssod.strategies.balance import MEMORY, Balance, BalanceOptions
@@ -149,7 +149,7 @@ def test_certainty_is_p_alone(name: str) -> None:
     judged = next(c for c in asked if c.stage in ("dense", "roi", "query"))
     labels, p = foreground_certainty(s.student, output, judged, with_quality=False)
     torch.manual_seed(3)
-    s.supervised(batch())
+    on_labeled(s, batch())
     expected = torch.zeros(2, K).index_add_(1, labels, torch.stack([p, torch.ones_like(p)]))
     torch.testing.assert_close(s.balance.sums, expected, rtol=1e-4, atol=1e-5)
     assert expected[1].sum() > 0
@@ -169,12 +169,12 @@ def test_class_weights_multiply_the_labelled_losses_of_ler() -> None:
                 for t in b.labeled.targets
             ]
         torch.manual_seed(3)  # the samplers' draws
-        losses.append(s.supervised(b))
+        losses.append(on_labeled(s, b))
     for key in ("cls", "box"):
         torch.testing.assert_close(losses[0][key], losses[1][key])
     assert alpha.max() > 1.9
     torch.manual_seed(3)
-    plain = prc("faster_rcnn").supervised(batch())
+    plain = on_labeled(prc("faster_rcnn"), batch())
     assert losses[0]["box"] != plain["box"]
     assert losses[0]["rpn_box"] == plain["rpn_box"]  # its candidates have no class
 
@@ -206,7 +206,7 @@ def test_each_class_has_its_own_threshold() -> None:
     for ratio in (0.25, 1.8):
         s.balance.sums.copy_(torch.tensor([[1.0, ratio, 1.0], [1.0, 1.0, 1.0]]))
         torch.manual_seed(0)
-        out = s.unsupervised(batch(), step=0)
+        out = on_unlabeled(s, batch())
         scores = torch.cat([d.scores for d in s.decode(s.teacher_output(batch().weak), 0.4)])  # type: ignore[arg-type, misc]
         tau = 0.4 if ratio < 1 else 0.6 * 1.8**0.5
         assert out.stats["pseudo/per_image"] == (scores >= tau).sum().item() / 2

@@ -12,7 +12,7 @@ from small import OPTIONS, SIZE, K, detector, strategy, view
 from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix
 from ssod.ops.views import into_view
-from ssod.strategies.comining import confident, joined, statistics, two_views, unannotated
+from ssod.strategies.comining import confident, exchanged, joined, statistics, unannotated
 from ssod.structures import DenseOutput, Instances, Pyramid, SemiBatch, SlotOutput, View
 
 BOXES = [[4.0, 4, 30, 40], [30, 20, 60, 60]]
@@ -22,19 +22,23 @@ TAU = {"fcos": 0.0099, "retinanet": 0.0099, "faster_rcnn": 0.25, "deformable_det
 def sparse(complete: list[bool] | None = None, flip: bool = False) -> View:
     """Two images of noise in two views: the second one brighter, or mirrored. The first image has BOXES."""
     first, second = view(1, BOXES), view(1, BOXES, flip=flip)
+    first.complete = second.complete = complete
     if flip:
         mirrored = torch.tensor([[SIZE - x2, y1, SIZE - x1, y2] for x1, y1, x2, y2 in BOXES])
         second.targets[0] = second.targets[0].with_boxes(mirrored)
     else:
         second.images = second.images // 2 + 100
-    return View(
-        torch.cat([first.images, second.images]),
-        torch.cat([first.sizes, second.sizes]),
-        torch.cat([first.matrices, second.matrices]),
-        first.targets + second.targets,
-        first.indices * 2,
-        None if complete is None else torch.tensor(complete * 2),
-    )
+    return View.cat([first, second])
+
+
+def rows_of(v: View, rows: slice) -> View:
+    complete = None if v.complete is None else v.complete[rows]
+    return View(v.images[rows], v.sizes[rows], v.matrices[rows], v.targets[rows], v.indices[rows], complete)
+
+
+def halves(v: View) -> tuple[View, View]:
+    half = len(v) // 2
+    return rows_of(v, slice(half)), rows_of(v, slice(half, None))
 
 
 def boxes_of(*rows: list[float]) -> torch.Tensor:
@@ -163,7 +167,7 @@ def test_each_view_learns_what_the_other_found(name: str, flip: bool) -> None:
     s = strategy("comining", name, tau=TAU[name])
     taught, batch = taught_by(s), sparse([False, False], flip)
     out = s(SemiBatch(batch), 0)
-    views = two_views(batch)
+    views = halves(batch)
     assert len(taught) == 2
     outputs = [output for output, _ in taught]
     found = [s.mine(o, v, [True, True]) for o, v in zip(outputs, views, strict=True)]
@@ -191,7 +195,10 @@ def test_the_loss_is_the_sum_of_both_views_each_divided_by_its_own_count() -> No
     with torch.no_grad():
         out = s(SemiBatch(batch), 0)
         raw = s.student_output(batch)
-        first, second = (s.student.loss(raw.part(rows), batch.targets[rows]) for rows in (slice(2), slice(2, 4)))
+        first, second = (
+            s.student.loss(own, targets)
+            for own, targets in zip(raw.split([2, 2]), (batch.targets[:2], batch.targets[2:]), strict=True)
+        )
     for name in ("cls", "box"):
         assert out.losses[f"sup/{name}"].item() == pytest.approx((first[name] + second[name]).item(), rel=1e-5)
 
@@ -202,11 +209,12 @@ def test_no_gradient_reaches_a_view_from_what_it_found_itself(name: str) -> None
     s = strategy("comining", name, tau=TAU[name])
     batch = sparse([False, False])
     raw = s.student_output(batch)
-    views = two_views(batch)
-    outputs = tuple(
+    views = halves(batch)
+    both = replace(raw, logits=raw.logits.detach().requires_grad_(), codes=raw.codes.detach().requires_grad_())
+    outputs = [
         replace(p, logits=p.logits.detach().requires_grad_(), codes=p.codes.detach().requires_grad_())
-        for p in (raw.part(slice(2)), raw.part(slice(2, 4)))
-    )
+        for p in raw.split([2, 2])
+    ]
     found = s.mine(outputs[0], views[0], [True, True])
     assert sum(map(len, found)) > 0
     assert all(not f.boxes.requires_grad for f in found)
@@ -214,13 +222,14 @@ def test_no_gradient_reaches_a_view_from_what_it_found_itself(name: str) -> None
     alone = torch.autograd.grad(
         torch.stack(list(s.student.loss(outputs[1], targets).values())).sum(), [outputs[1].logits, outputs[1].codes]
     )
-    losses, _ = s.learn(outputs, views, [True, True])
-    whole = torch.autograd.grad(torch.stack(list(losses.values())).sum(), [o.logits for o in outputs])
+    losses, _ = s.learn(both, batch, [True] * 4)
+    whole = torch.autograd.grad(torch.stack(list(losses.values())).sum(), both.logits)[0]
     # the gradient of a is that of its own loss under C_a = Y + P_o, to the last bit: o's boxes are constants there
-    assert torch.equal(whole[1], alone[0])
-    assert whole[0].abs().sum() > 0
-    nothing = s.learn((replace(outputs[0], logits=outputs[0].logits - 20), outputs[1]), views, [True, True])[0]
-    changed = torch.autograd.grad(torch.stack(list(nothing.values())).sum(), outputs[1].logits)[0]
+    assert torch.equal(whole[2:], alone[0])
+    assert whole[:2].abs().sum() > 0
+    blind = replace(both, logits=both.logits - torch.tensor([20.0, 20, 0, 0]).view(4, 1, 1))
+    nothing = s.learn(blind, batch, [True] * 4)[0]
+    changed = torch.autograd.grad(torch.stack(list(nothing.values())).sum(), both.logits)[0][2:]
     assert not torch.equal(changed, alone[0])  # where o finds nothing, a learns from Y alone
 
 
@@ -357,12 +366,37 @@ def test_statistics() -> None:
 def test_two_views_are_needed() -> None:
     s = strategy("comining", "fcos")
     odd = sparse()
-    for bad in (view(1, BOXES), replace(odd, indices=[0, 1, 1, 0]), odd.part(slice(3)), odd.part(slice(1))):
+    for bad in (view(1, BOXES), replace(odd, indices=[0, 1, 1, 0]), rows_of(odd, slice(3)), rows_of(odd, slice(1))):
         with pytest.raises(UserError, match=r"augment\.labeled gives one; set augment=comining") as error:
             s(SemiBatch(bad), 0)
         assert "\n" not in str(error.value)
-    first, second = two_views(sparse([False, True]))
-    assert (first.indices, second.indices) == ([0, 1], [0, 1])
-    assert first.complete is not None
-    assert first.complete.tolist() == [False, True]
-    assert torch.equal(second.images, sparse().images[2:])
+
+
+def test_what_is_found_goes_to_the_other_view() -> None:
+    both = sparse(flip=True)  # x -> 64 - x
+    rows = [[4.0, 0, 20, 9], [1, 2, 30, 40], [0, 0, 10, 10], [5, 5, 6, 7]]
+    found = [Instances(boxes_of(row), torch.tensor([i % K]), torch.tensor([0.9])) for i, row in enumerate(rows)]
+    there = exchanged(found, both)
+    assert [t.boxes[0].tolist() for t in there] == [
+        [54, 0, 64, 10],
+        [58, 5, 59, 7],
+        [44, 0, 60, 9],
+        [34, 2, 63, 40],
+    ]
+    assert [t.labels.tolist() for t in there] == [[2], [0], [0], [1]]
+
+
+def test_views_of_two_sizes_learn_in_one_batch() -> None:
+    """The smaller one is padded, and padding is no part of an image: no box reaches into it."""
+    s = strategy("comining", "retinanet", tau=1.0).eval()
+    small = view(2)
+    large = view(3)
+    large.images = torch.nn.functional.pad(large.images, (0, 32, 0, 64), value=7)
+    both = View.cat([small, large])
+    assert both.images.shape == (4, 3, SIZE + 64, SIZE + 32)
+    assert both.sizes.tolist() == [[SIZE, SIZE]] * 4
+    assert both.indices == [0, 1, 0, 1]
+    with torch.no_grad():
+        found = s.student.decode(s.student_output(both), 0.0, 0.5, 50)
+    assert all(len(f) == 50 for f in found)
+    assert all(((f.boxes >= 0) & (f.boxes <= SIZE)).all() for f in found)

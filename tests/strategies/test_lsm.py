@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import SIZE, batch, strategy, unsupervised, view
+from small import SIZE, batch, on_labeled, strategy, unsupervised, view
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,7 @@ from ssod.detectors import DETECTORS
 from ssod.engine.signals import Stopped
 from ssod.engine.trainer import SemiTrainer
 from ssod.errors import UserError
+from ssod.ops.distill import foreground_weight
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import above
 from ssod.strategies.lsm import LSM, as_targets, self_distillation, unsure
@@ -127,18 +128,22 @@ def test_certain_logits_stay_finite(exclusive: bool) -> None:
     assert torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
 
 
-def test_regions_outside_the_range_need_not_be_read() -> None:
-    s, (alpha, tau) = lsm("faster_rcnn"), RANGE["faster_rcnn"]
+@pytest.mark.parametrize("name", RANGE)
+def test_candidates_outside_the_range_need_not_be_paired(name: str) -> None:
+    s = lsm(name)
+    stage = 1 if name == "faster_rcnn" else 0
     half, full = s.half_output(view(1)), s.student_output(view(1))
     every = pair(s.student, full, s.twin(), half, None)
-    few = pair(s.student, full, s.twin(), half, None, lambda t: unsure(t, True, alpha, tau))
-    assert 0 < len(few[1].logits) < len(every[1].logits)
+    seen = foreground_weight(every[stage].target, every[stage].exclusive)
+    alpha, tau = seen.quantile(0.25).item(), seen.quantile(0.75).item()
+    few = pair(s.student, full, s.twin(), half, None, lambda t, exclusive: unsure(t, exclusive, alpha, tau))
+    assert 0 < len(few[stage].logits) < len(every[stage].logits)
     (loss, count), (wanted, all_of_them) = (self_distillation(p, alpha, tau) for p in (few, every))
-    assert count == all_of_them == len(few[1].logits)
+    assert count == all_of_them == len(few[stage].logits)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
-    rows = torch.arange(count)
-    assert few[1].image.shape == (count,)
-    assert all(len(boxes) == count for boxes in few[1].boxes(rows))
+    rows = torch.arange(int(count))
+    assert few[stage].image.shape == (count,)
+    assert all(len(boxes) == count for boxes in few[stage].boxes(rows))
 
 
 # ---- L = L_s + w_u L_main(tau) + w_p L_PIM(alpha) + w_d L_SD
@@ -161,7 +166,7 @@ def test_each_term_learns_from_its_own_boxes_with_its_own_weight(name: str) -> N
         assert all(t.box_weight is None and t.cls_weight is None for t in high)  # hard: class and box, weight 1
 
         torch.manual_seed(0)  # the same draws in the same order: labelled, its half, main, PIM
-        s.supervised(b)
+        on_labeled(s, b)
         main = s.student.loss(s.student_output(b.strong), high)
         images, sizes = half_size(b.strong)
         twin = s.twin()

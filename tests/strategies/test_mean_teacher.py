@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import on_labeled, on_unlabeled
 
 from ssod.detectors import build_detector
 from ssod.errors import UserError
@@ -81,7 +82,7 @@ def test_pseudo_boxes_are_mapped_into_the_strong_view(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         s.student, "loss", lambda out, targets, weigh: seen.append(targets) or loss(out, targets, weigh)
     )
-    s.unsupervised(batch(), step=0)
+    on_unlabeled(s, batch())
     first, second = seen[0]
     # flipped at width 64: x1 = 64 - 20, x2 = 64 - 2
     torch.testing.assert_close(first.boxes, torch.tensor([[44.0, 10, 62, 30]]))
@@ -229,7 +230,7 @@ def test_where_the_teacher_is_in_doubt_nothing_is_learned(name: str, monkeypatch
 
 def test_automatic_thresholds_let_through_what_people_draw() -> None:
     s = strategy(tau_low=0.05)
-    s.supervised(batch(unlabeled=False))  # 2 boxes on 2 images: classes 0 and 1 once each
+    on_labeled(s, batch(unlabeled=False))  # 2 boxes on 2 images: classes 0 and 1 once each
     generator = torch.Generator().manual_seed(0)
     kept = []
     for _ in range(200):

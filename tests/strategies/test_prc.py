@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import OPTIONS, SIZE, K, batch, candidates, detector, strategy, unsupervised
+from small import OPTIONS, SIZE, K, batch, candidates, detector, on_labeled, strategy, unsupervised
 
 from ssod.detectors import build_detector
 from ssod.detectors.base import HasDense
@@ -58,7 +58,7 @@ def test_equation_10_in_the_labelled_loss() -> None:
     for ler in (True, False):
         s = strategy("prc", "faster_rcnn", GAUSSIAN, ler=ler)
         torch.manual_seed(3)  # the sampler's draws
-        found[ler] = s.supervised(batch())
+        found[ler] = on_labeled(s, batch())
     seen: list[Candidates] = []
     labeled = batch().labeled
     torch.manual_seed(3)
@@ -202,7 +202,7 @@ def test_unlabelled_images_teach_boxes_but_no_variances(name: str) -> None:
     assert not layer.weight.grad.view(-1, 8, layer.weight[0].numel())[:, 4:].any()
     assert all(p.grad is None for p in s.teacher.parameters())
     s.zero_grad()
-    torch.stack(list(s.supervised(batch()).values())).sum().backward()
+    torch.stack(list(on_labeled(s, batch()).values())).sum().backward()
     assert layer.bias.grad.view(-1, 8)[:, 4:].any()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import on_unlabeled
 
 from ssod.detectors import build_detector
 from ssod.errors import UserError
@@ -145,8 +146,8 @@ def test_each_class_has_its_own_threshold_for_pseudo_boxes(monkeypatch: pytest.M
     detections = found((0, 0.45, 0.5), (0, 0.39, 0.5), (1, 0.75, 0.5), (1, 0.69, 0.5), (2, 0.91, 0.5), (2, 0.89, 0.5))
     seen: list[list[Instances]] = []
     monkeypatch.setattr(s, "detect", lambda seen, conf: [detections, detections[:0]])
-    monkeypatch.setattr(s, "learn", lambda view, targets, alpha: seen.append(targets) or {"cls": torch.zeros(())})
-    out = s.unsupervised(batch(), step=2)
+    monkeypatch.setattr(s, "learn", lambda *given: seen.append(given[2]) or {"cls": torch.zeros(())})
+    out = on_unlabeled(s, batch(), 2)
     assert seen[0][0].labels.tolist() == [0, 1, 2]
     assert seen[0][0].scores.tolist() == pytest.approx([0.45, 0.75, 0.91])
     # flipped at width 64: x1 = 64 - 20, x2 = 64 - 2; the quality goes with the label
@@ -250,7 +251,7 @@ def test_weights_multiply_both_losses_of_foreground_only(name: str) -> None:
     losses = []
     for targets, each in ((labeled.targets, alpha), (weighted, None), (labeled.targets, None)):
         torch.manual_seed(3)  # samples of anchors and regions
-        losses.append(s.learn(labeled, targets, each))
+        losses.append(s.learn(s.student_output(labeled), labeled, targets, each))
     by_alpha, by_target, plain = losses
     for loss in by_alpha.keys() - {"rpn_cls", "rpn_box", "encoder"}:
         torch.testing.assert_close(by_alpha[loss], by_target[loss])
@@ -263,7 +264,7 @@ def test_weights_act_in_stage_two_on_labelled_and_unlabelled_images(monkeypatch:
     s = strategy(gamma2=0.5)
     s.balance.sums.copy_(torch.tensor([[0.5, 2.0, 3.6], [1.0, 1.0, 4.0]]))  # ratios 0.25, 1, 1.8
     given: list[torch.Tensor | None] = []
-    monkeypatch.setattr(s, "learn", lambda view, targets, alpha: given.append(alpha) or {"cls": torch.zeros(())})
+    monkeypatch.setattr(s, "learn", lambda *args: given.append(args[3]) or {"cls": torch.zeros(())})
     s(batch(unlabeled=False), step=1)
     s(batch(), step=2)
     assert given[0] is None

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small import SIZE, batch, candidates, strategy, unsupervised
+from small import SIZE, batch, candidates, on_unlabeled, strategy, unsupervised
 
 from ssod.detectors.base import Detector
 from ssod.errors import UserError
@@ -110,7 +110,7 @@ def test_classes_and_boxes_learn_from_different_pseudo_boxes(monkeypatch: pytest
     asked: list[list[Instances]] = []
     loss = s.student.loss
     monkeypatch.setattr(s.student, "loss", lambda out, t, weigh=None: asked.append(t) or loss(out, t, weigh))
-    out = s.unsupervised(batch(), step=0)
+    out = on_unlabeled(s, batch())
     classes, sides = (t[0] for t in asked)
     assert classes.labels.tolist() == [0]
     assert sides.labels.tolist() == [1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SIZE, batch, strategy, unsupervised
+from small import SIZE, batch, on_unlabeled, strategy, unsupervised
 
 from ssod.strategies.unbiased_teacher import UnbiasedTeacher
 from ssod.structures import Instances
@@ -44,7 +44,7 @@ def test_one_hard_threshold_and_the_papers_weight(monkeypatch: pytest.MonkeyPatc
     seen: list[list[Instances]] = []
     loss = s.student.loss
     monkeypatch.setattr(s.student, "loss", lambda out, targets: seen.append(targets) or loss(out, targets))
-    out = s.unsupervised(batch(), step=0)
+    out = on_unlabeled(s, batch())
     assert asked == [0.7]
     assert out.stats["pseudo/weight"] == 4
     assert seen[0][0].boxes.tolist() == [[SIZE - 20, 10, SIZE - 2, 30]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import K, batch, detector, strategy, view
+from small import K, batch, detector, on_labeled, on_unlabeled, strategy, view
 from torch import Tensor
 
 from ssod.ops.views import into_view
@@ -110,7 +110,7 @@ def test_mean_teacher_with_one_threshold(record: Record, box_loss: bool) -> None
     s, b = tuned(strategy("mean_teacher", "fcos", box_loss=box_loss), tau=0.3, tau_low=0.6), batch()
     said = verdicts(s, b.weak)
     seen = record(s)
-    out = s.unsupervised(b, 0)
+    out = on_unlabeled(s, b)
     assert sum(int(v.kept.sum()) for v in said) > 3
     assert_same_targets(learned(said, b), seen[0][0])
     assert_same_targets(learned(said, b), out.used)
@@ -125,11 +125,11 @@ def test_mean_teacher_with_one_threshold(record: Record, box_loss: bool) -> None
 def test_mean_teacher_with_automatic_thresholds(record: Record) -> None:
     s, b = strategy("mean_teacher", "fcos", tau_low=0.2), batch()
     s.teacher.cls_logits.weight.data *= 60  # type: ignore[union-attr, operator]
-    s.supervised(b)
+    on_labeled(s, b)
     s.label_counts.fill_(12)  # type: ignore[operator]
     before = verdicts(s, b.weak)
     seen = record(s)
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     after = verdicts(s, b.weak)
     # Before the first step there are no statistics: those of the images themselves, which are here those of the step.
     for said in (before, after):
@@ -146,7 +146,7 @@ def test_unbiased_teacher(record: Record, box_loss: bool) -> None:
     s, b = tuned(strategy("unbiased_teacher", "retinanet", box_loss=box_loss), tau=0.3), batch()
     said = verdicts(s, b.weak)
     seen = record(s)
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     assert_same_targets(learned(said, b), seen[0][0])
     weights = torch.cat([v.box_weight[v.kept] for v in said])  # type: ignore[index]
     assert len(weights)
@@ -160,7 +160,7 @@ def test_soft_teacher(record: Record, jitters: int) -> None:
     said = verdicts(s, b.weak)
     seen = record(s)
     torch.manual_seed(0)  # what the copies of the verdict are drawn by
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     assert_same_targets(learned(said, b, "cls"), seen[0][0], with_weights=False)
     assert_same_targets(learned(said, b, "box"), seen[1][0], with_weights=False)
     kept = {(bool(c), bool(x)) for v in said for c, x in zip(v.cls_weight, v.box_weight, strict=True)}  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_rpl(record: Record, threshold_on: str) -> None:
     s.balance.sums.copy_(torch.tensor([[3.0, 1.0, 0.02], [4.0, 4.0, 4.0]]))  # type: ignore[operator, union-attr]
     said = verdicts(s, b.weak)
     seen = record(s)
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     targets, alpha = seen[0]
     assert alpha is not None
     assert len(set(alpha.tolist())) == K
@@ -198,7 +198,7 @@ def test_prc(record: Record, ler: bool) -> None:
     s.balance.sums.copy_(torch.tensor([[3.0, 1.0, 0.2], [4.0, 4.0, 4.0]]))  # type: ignore[operator, union-attr]
     said = verdicts(s, b.weak)
     seen = record(s)
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     targets, alpha = seen[0]
     assert sum(map(len, targets)) > 3
     assert_same_targets(learned(said, b), targets, alpha)
@@ -214,7 +214,7 @@ def test_lsm_and_its_lower_threshold(record: Record) -> None:
     s, b = tuned(strategy("lsm", "fcos", half), tau=0.2, alpha=0.6), batch()
     said = verdicts(s, b.weak)
     seen = record(s)
-    s.unsupervised(b, 0)
+    on_unlabeled(s, b)
     (main, _), (mined, _) = seen
     assert sum(map(len, mined)) > sum(map(len, main)) > 0
     assert_same_targets(learned(said, b), mined)
@@ -231,7 +231,7 @@ def sparse(s: Strategy, flip: bool, partly: bool = True) -> View:
         box = s.eval().label(mine, 0.0, s.student)[0][:1]
     s.train()
     mine.targets[0] = Instances(box.boxes, box.labels)
-    mine.complete = torch.tensor([not partly, not partly])
+    mine.complete = [not partly, not partly]
     return mine
 
 
@@ -246,8 +246,8 @@ def test_comining_mines_what_nobody_has_annotated(record: Record) -> None:
     s.options = s.options.model_copy(update={"tau": tau})
     said = verdicts(s, one), verdicts(s, two)
     seen = record(s)
-    outputs = s.student_output(one), s.student_output(two)
-    s.learn(outputs, (one, two), [True, True])
+    both = View.cat([one, two])
+    s.learn(s.student_output(both), both, [True] * 4)
     for own, other, told, (targets, _) in ((one, two, said[1], seen[0]), (two, one, said[0], seen[1])):
         carried = learned(told, SemiBatch(one, other, own))
         for annotated, c, t in zip(own.targets, carried, targets, strict=True):

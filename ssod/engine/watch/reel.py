@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ssod.data.batching import stack, targets_in
 from ssod.data.cache import original_size
@@ -123,7 +122,7 @@ class Reel:
         targets = targets_in(source.objects(self.pool), frame) if self.partly else Instances.empty()
         view = stack([frame], [targets], [source.index], PAD_TO)
         if self.partly:
-            view.complete = torch.tensor([source.complete(self.pool)])
+            view.complete = [source.complete(self.pool)]
         return view
 
 
