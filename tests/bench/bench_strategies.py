@@ -57,7 +57,7 @@ GOAL = 1.08  # times the floor
 GRID = Path(__file__).parent / "grids" / "bccd10.yaml"
 STEP = 5000  # far behind burn-in and ramps
 FIT_LR = 5e-4
-PARTS = ("labelled", "unlabelled", "teacher", "half size", "two views")
+PARTS = ("labelled", "unlabelled", "teacher", "half size", "labelled, half size", "two views")
 Step = Callable[[], object]
 
 
@@ -161,7 +161,11 @@ def parts_of(strategy: Strategy, config: TrainConfig) -> tuple[str, ...]:
         return ("two views",)
     if not strategy.uses_unlabeled:
         return ("labelled",)
-    return ("labelled", "unlabelled", "teacher", "half size")[: 4 if looks_at_half_size(config) else 3]
+    if not looks_at_half_size(config):
+        return ("labelled", "unlabelled", "teacher")
+    # LSM's auxiliary classifier, which must never be without a gradient, learns from labelled images, too.
+    auxiliary = ("labelled, half size",) if getattr(strategy, "aux", None) is not None else ()
+    return ("labelled", "unlabelled", "teacher", "half size", *auxiliary)
 
 
 def looks_at_half_size(config: TrainConfig) -> bool:
@@ -275,10 +279,15 @@ def parts(config: TrainConfig, state: Path, args: argparse.Namespace) -> dict[st
             losses = student.loss(student.head(student.features(images, sizes, shift=1)), true)
         torch.stack([v.float() for v in losses.values()]).sum().backward()
 
+    def see_half() -> None:
+        images, sizes = half_size(labeled)
+        with torch.no_grad(), autocast(amp_dtype(config.amp, device, student), device):
+            student.loss(student.head(student.features(images, sizes, shift=1)), labeled.targets)
+
     both = twice(labeled)
     found = {"labelled": learn(labeled, labeled.targets), "unlabelled": learn(strong, true), "teacher": teach}
     found["two views"] = learn(both, both.targets)
-    return found | ({"half size": learn_half} if looks_at_half_size(config) else {})
+    return found | ({"half size": learn_half, "labelled, half size": see_half} if looks_at_half_size(config) else {})
 
 
 def strategy_of(config: TrainConfig, state: Path, args: argparse.Namespace) -> Strategy:
