@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssod import __version__
 from ssod.checkpoint import FORMAT
+from ssod.engine.optim import put_back
 from ssod.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def content_of(trainer: SemiTrainer, whole: bool) -> dict[str, Any]:
 def restore(trainer: SemiTrainer, train: dict[str, Any]) -> None:
     """Put everything back that `content_of` holds under "train"."""
     trainer.strategy.load_state_dict(train["strategy"])
-    trainer.optimizer.load_state_dict(train["optimizer"])
+    put_back(trainer.optimizer, train["optimizer"])
     trainer.scaler.load_state_dict(train["scaler"])
     trainer.step, trainer.best, trainer.since_best = train["step"], train["best"], train["since_best"]
     trainer.history, trainer.bad = train["history"], train["bad"]

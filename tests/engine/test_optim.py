@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 from ssod.config import load_config
 from ssod.detectors import build_detector
 from ssod.engine.log import Averages, progress_text
-from ssod.engine.optim import build_optimizer, lr_at, set_lr
+from ssod.engine.optim import build_optimizer, lr_at, put_back, set_lr
 from ssod.nn import precision
 from ssod.nn.precision import amp_dtype, lay_out
 from ssod.report.table import Table
@@ -47,6 +48,53 @@ def test_the_backbone_has_a_share_of_the_learning_rate() -> None:
     assert len(lr_of) == len(list(net.parameters()))
     inside = {id(p) for p in net.backbone.parameters()}
     assert all(lr_of[i] == pytest.approx(0.02 if i in inside else 0.2) for i in lr_of)
+
+
+def net_of(layout: torch.memory_format) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=layout)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[torch.Tensor]:
+    for step in steps:
+        x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad(set_to_none=True)
+        net(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("saved_in", LAYOUTS)
+@pytest.mark.parametrize("saved_as", ["fused", "foreach"])
+def test_a_resumed_optimizer_goes_on_in_any_layout(
+    name: str, layout: torch.memory_format, saved_in: torch.memory_format, saved_as: str
+) -> None:
+    """The same as plain Python without a break, also from a file of another layout, or of a version without `fused`."""
+    config = load_config("train", {"optimizer": name, "lr0": 0.01, "weight_decay": 0.1, "momentum": 0.9})
+    plain = net_of(torch.contiguous_format)
+    slow = build_optimizer(plain, config)
+    for group in slow.param_groups:
+        group.update(fused=None, foreach=False)
+    expected = train(plain, slow, range(6))
+
+    first = net_of(saved_in)
+    optimizer = build_optimizer(first, config)
+    if saved_as == "foreach":
+        for group in optimizer.param_groups:
+            group.update(fused=None, foreach=True)
+    train(first, optimizer, range(3))
+    second = net_of(layout)
+    second.load_state_dict(first.state_dict())
+    resumed = build_optimizer(second, config)
+    put_back(resumed, copy.deepcopy(optimizer.state_dict()))
+    assert all(group["fused"] and not group["foreach"] for group in resumed.param_groups)
+    for found, wanted in zip(train(second, resumed, range(3, 6)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_automatic_precision_avoids_bf16_for_depthwise_networks(monkeypatch: pytest.MonkeyPatch) -> None:
