@@ -56,6 +56,11 @@ class Instances:
         moved: dict[str, Any] = {k: None if v is None else fn(v) for k, v in values.items()}
         return Instances(**moved)
 
+    def split(self, counts: list[int]) -> list[Instances]:
+        """The first objects, the next ones and so on, `counts` of them each."""
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return [self[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> Instances:
         return Instances(torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))

@@ -26,7 +26,7 @@ def within(seen: DenseOutput, sizes: Tensor, matrices: Tensor) -> Tensor:
     matrices  [B, 3, 3] pixels of `seen` -> pixels of the other view
     """
     center = centers(seen.anchors)
-    moved = torch.stack([map_points(center, m) for m in matrices])  # [B, P, 2]
+    moved = map_points(center, matrices)  # [B, P, 2]
     return ((moved >= 0) & (moved <= sizes.flip(-1)[:, None])).all(dim=-1)
 
 
@@ -50,7 +50,7 @@ def same_place(seen: DenseOutput, other: DenseOutput, matrices: Tensor) -> Tenso
         per_cell = count // (height * width)
         level = (strides.log2() - (stride * scale).log2()[:, None]).abs().argmin(dim=1)  # [B]
         center = centers(seen.anchors[span])
-        moved = torch.stack([map_points(center, m) for m in matrices])  # [B, count, 2]
+        moved = map_points(center, matrices)  # [B, count, 2]
         cell = ((moved - origins[level, None]) / pitches[level, None]).round().long()
         cell = torch.minimum(cell.clamp(min=0), cells[level, None] - 1)  # at the border: the nearest
         row_start = cell[..., 1] * cells[level, None, 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssod.ops.host import true_rows
+from ssod.ops.host import owned_starts, owners, rows_by_owner
 from ssod.structures import Instances, View
 
 MIN_AREA, MIN_VISIBLE = 1.0, 0.1  # what must remain of a box: pixels^2, and its share
@@ -27,22 +27,23 @@ def between(matrix_a: Tensor, matrix_b: Tensor) -> Tensor:
 
 
 def map_points(points: Tensor, matrix: Tensor) -> Tensor:
-    """Move points [..., 2] by an affine matrix [3, 3], computed in the dtype of `points`."""
+    """Move points [..., P, 2] by affine matrices [..., 3, 3], computed in the dtype of `points`."""
     m = matrix.to(points.device, points.dtype)
-    return points @ m[:2, :2].T + m[:2, 2]
+    return points @ m[..., :2, :2].mT + m[..., None, :2, 2]
 
 
 def map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
-    """Move xyxy boxes [N, 4] by an affine matrix [3, 3]: the enclosing box of the four moved corners.
+    """Move xyxy boxes [..., 4] by affine matrices [..., 3, 3], one or one a box: the enclosing box of the four moved
+    corners.
 
     Exact for resizing, flips, translations and crops; under rotation and shear the box grows, so there
     and back encloses the first box. Not clipped.
     """
     exact = boxes if boxes.device.type == "mps" else boxes.double()  # mps has no float64
-    x1, y1, x2, y2 = exact.unbind(1)
-    corners = torch.stack((x1, y1, x2, y1, x2, y2, x1, y2), 1).reshape(-1, 4, 2)  # [N, 4 corners, xy]
+    x1, y1, x2, y2 = exact.unbind(-1)
+    corners = torch.stack((x1, y1, x2, y1, x2, y2, x1, y2), -1).unflatten(-1, (4, 2))  # [..., 4 corners, xy]
     moved = map_points(corners, matrix)
-    return torch.cat((moved.amin(1), moved.amax(1)), 1).to(boxes.dtype)
+    return torch.cat((moved.amin(-2), moved.amax(-2)), -1).to(boxes.dtype)
 
 
 def map_instances(
@@ -67,36 +68,46 @@ def map_instances(
 def into_view(found: list[Instances], of: View, into: View) -> list[Instances]:
     """Objects of each image in one view's pixels -> in those of another of the same images; what is clipped away there
     is dropped."""
-    return into_views(found, between(of.matrices, into.matrices), into.sizes)[0]
+    return chosen_into_view(found, [everything(found)], of, into)[0]
+
+
+def everything(found: list[Instances]) -> list[Tensor]:
+    """The choice of all objects of each image."""
+    return [torch.ones_like(f.labels, dtype=torch.bool) for f in found]
 
 
 def chosen_into_view(
     found: list[Instances], choices: list[list[Tensor]], of: View, into: View
 ) -> list[list[Instances]]:
     """As `into_view`, several times: of each choice, a bool [N] an image, the chosen objects. A GPU is waited for once
-    for all."""
-    matrices = between(of.matrices, into.matrices)
-    moved = [_moved(f, m, s, MIN_AREA, MIN_VISIBLE) for f, m, s in zip(found, matrices, into.sizes, strict=True)]
-    masks = [shown & own for choice in choices for (_, shown), own in zip(moved, choice, strict=True)]
-    rows = iter(true_rows(masks))
-    return [[all_of_them[next(rows)] for all_of_them, _ in moved] for _ in choices]
+    for all, and all images are moved at once."""
+    return [moved for moved, _ in into_views(found, choices, between(of.matrices, into.matrices), into.sizes)]
 
 
-def into_views(found: list[Instances], matrices: Tensor, sizes: Tensor) -> tuple[list[Instances], list[Tensor]]:
-    """`map_instances` of each image: matrices [B, 3, 3], sizes [B, 2]. A GPU is waited for once for all."""
-    moved = [_moved(f, m, s, MIN_AREA, MIN_VISIBLE) for f, m, s in zip(found, matrices, sizes, strict=True)]
-    kept = true_rows([shown for _, shown in moved])
-    return [m[keep] for (m, _), keep in zip(moved, kept, strict=True)], kept
+def into_views(
+    found: list[Instances], choices: list[list[Tensor]], matrices: Tensor, sizes: Tensor
+) -> list[tuple[list[Instances], list[Tensor]]]:
+    """`map_instances` of B images for each choice, a bool [N] an image: the objects that are left, and their int64
+    indices in `found`. matrices [B, 3, 3], sizes [B, 2]; all images have the same fields."""
+    counts = [len(f) for f in found]
+    every, image = Instances.cat(found), owners(counts, matrices.device)  # M objects of the batch
+    moved, shown = _moved(every, matrices[image], sizes[image], MIN_AREA, MIN_VISIBLE)
+    first = owned_starts(counts, image)
+    out = []
+    for rows, kept in rows_by_owner([shown & torch.cat(choice) for choice in choices], image, len(found)):
+        out.append((moved[rows].split(kept), list((rows - first[rows]).split(kept))))
+    return out
 
 
 def _moved(
     instances: Instances, matrix: Tensor, size: Tensor | tuple[int, int], min_area: float, min_visible: float
 ) -> tuple[Instances, Tensor]:
-    """All objects, moved and clipped, and whether enough of each is left: bool [N]."""
+    """All objects, moved and clipped, and whether enough of each is left: bool [N]. One matrix and size for all, or one
+    each."""
     boxes = map_boxes(instances.boxes, matrix)
     # Kept as a tensor: reading h and w into Python would make a GPU wait once more per image.
-    h, w = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype).unbind()
-    clipped = torch.minimum(boxes.clamp(min=0), torch.stack((w, h, w, h)))
+    h, w = torch.as_tensor(size, device=boxes.device, dtype=boxes.dtype).unbind(-1)
+    clipped = torch.minimum(boxes.clamp(min=0), torch.stack((w, h, w, h), dim=-1))
     area, visible = _area(boxes), _area(clipped)
     return instances.with_boxes(clipped), (visible >= min_area) & (visible >= min_visible * area) & (visible > 0)
 

@@ -23,7 +23,7 @@ from ssod.errors import UserError
 from ssod.ops.boxes import iou_matrix
 from ssod.ops.host import true_rows
 from ssod.ops.suppression import nms_batch
-from ssod.ops.views import between, into_views
+from ssod.ops.views import between, everything, into_views
 from ssod.strategies.base import Plan, StepOutput, Strategy, StrategyOptions
 from ssod.strategies.verdicts import FLOOR, Verdict, judged, looking, scores
 from ssod.structures import DenseOutput, Instances, SemiBatch, View
@@ -170,7 +170,7 @@ def exchanged(found: list[Instances], views: View) -> list[Instances]:
     places, of the other one. What is clipped away there is dropped."""
     half = len(views) // 2
     into = between(views.matrices, views.matrices.roll(half, 0))
-    moved, _ = into_views(found, into, views.sizes.roll(half, 0))
+    ((moved, _),) = into_views(found, [everything(found)], into, views.sizes.roll(half, 0))
     return moved[half:] + moved[:half]
 
 

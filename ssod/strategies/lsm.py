@@ -28,6 +28,7 @@ from ssod.nn.held import parameters_held, statistics_held
 from ssod.ops.distill import foreground_weight
 from ssod.ops.half import half_size
 from ssod.ops.pseudo import reaches
+from ssod.ops.views import everything
 from ssod.strategies.aux_head import copied_classifier, with_classifier
 from ssod.strategies.base import Plan, StepOutput
 from ssod.strategies.foreground import JUDGED
@@ -72,8 +73,8 @@ class LSM(TeacherStudent):
         seen = self.teacher_output(batch.weak)
         found = self.decode(seen, self.lowest())
         tau = self.thresholds_in_force()
-        sure, every = [reaches(f, tau) for f in found], [scores(f) >= 0 for f in found]
-        main, mapped = self.chosen_to_strong(batch, found, sure, every)
+        sure = [reaches(f, tau) for f in found]
+        main, mapped = self.chosen_to_strong(batch, found, sure, everything(found))
         targets = [as_targets(m) for m in main]
         losses = self.student.loss(output, targets) | self.across_scales(batch, seen)
         out = self.step_output(losses, step, found, targets, options.tau)

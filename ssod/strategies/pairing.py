@@ -23,7 +23,7 @@ from ssod.ops.host import owners
 from ssod.ops.hungarian import match_hungarian
 from ssod.ops.places import same_grid, same_place, within
 from ssod.ops.set_matching import pair_costs, to_centers, to_corners
-from ssod.ops.views import between, into_views, map_boxes
+from ssod.ops.views import between, everything, into_views, map_boxes
 from ssod.structures import DenseOutput, Instances, SlotOutput
 
 Worth = Callable[[Tensor, bool], Tensor]
@@ -167,7 +167,8 @@ def _roi(
         here = there
         if matrices is not None:
             unnamed = [Instances(r, torch.zeros(len(r), dtype=torch.int64, device=r.device)) for r in there]
-            moved, shown = into_views(unnamed, between(matrices, torch.eye(3).to(matrices)), sizes)
+            back = between(matrices, torch.eye(3).to(matrices))
+            ((moved, shown),) = into_views(unnamed, [everything(unnamed)], back, sizes)
             here = [m.boxes for m in moved]
             there = [regions[index] for regions, index in zip(there, shown, strict=True)]
         counts = [len(regions) for regions in there]
@@ -213,7 +214,7 @@ def _judged_queries(other: SlotOutput, sizes: Tensor, matrices: Tensor | None) -
     if matrices is None:
         return boxes, torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     back = between(matrices, torch.eye(3).to(matrices))
-    moved = torch.stack([map_boxes(b, m) for b, m in zip(boxes, back, strict=True)])
+    moved = map_boxes(boxes, back[:, None])
     center = centers(moved)
     shown = ((center >= 0) & (center <= sizes.flip(-1)[:, None])).all(dim=-1)
     return clip(moved, sizes[:, None]), shown
@@ -223,8 +224,4 @@ def _to_learner(boxes: Tensor, image: Tensor, sizes: Tensor, matrices: Tensor | 
     """Boxes [F, 4] of the judge's view, image int64 [F] -> in the learner's view, clipped to its sizes [B, 2]."""
     if matrices is None:
         return boxes
-    moved = torch.empty_like(boxes)
-    for b, matrix in enumerate(between(matrices, torch.eye(3).to(matrices))):
-        own = (image == b).nonzero().squeeze(1)
-        moved[own] = map_boxes(boxes[own], matrix)
-    return clip(moved, sizes[image])
+    return clip(map_boxes(boxes, between(matrices, torch.eye(3).to(matrices))[image]), sizes[image])

@@ -19,7 +19,7 @@ from torch import Tensor
 from ssod.detectors.base import Detector, HasDense, HasRegions, HasSlots, full_precision
 from ssod.detectors.set_loss import valid_extent
 from ssod.ops.boxes import clip, iou_matrix
-from ssod.ops.host import true_rows
+from ssod.ops.host import rows_by_owner
 from ssod.ops.places import same_place
 from ssod.ops.set_matching import to_corners
 from ssod.ops.views import between, map_boxes
@@ -46,9 +46,10 @@ class WeakView:
     def mapped(self, candidates: Candidates, which: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Of each image the candidates chosen by a mask [M]: their rows, int64 [R], and their boxes in the weak view,
         clipped to it, [R, 4]."""
-        rows = true_rows([which & (candidates.image == b) for b in range(len(self.to_weak))])
-        boxes = [map_boxes(candidates.boxes[own], matrix) for own, matrix in zip(rows, self.to_weak, strict=True)]
-        return rows, [clip(b, size) for b, size in zip(boxes, self.sizes, strict=True)]
+        ((rows, counts),) = rows_by_owner([which], candidates.image, len(self.to_weak))
+        image = candidates.image[rows]
+        boxes = clip(map_boxes(candidates.boxes[rows], self.to_weak[image]), self.sizes[image])
+        return list(rows.split(counts)), list(boxes.split(counts))
 
 
 @torch.no_grad()
