@@ -25,13 +25,13 @@ from ssod.nn.backbone import Backbone, MakeBackbone, MissingStrides
 from ssod.nn.dense_head import per_anchor
 from ssod.nn.fpn import FPN, PoolLevels
 from ssod.ops.anchors import AnchorGrid, ratio_cells
-from ssod.ops.assign import PaddedTargets, assign_iou, pad_targets, sample_balanced
+from ssod.ops.assign import IGNORED, PaddedTargets, assign_iou, pad_targets, sample_balanced
 from ssod.ops.boxes import clip, not_smaller
 from ssod.ops.codecs import L1Codec
 from ssod.ops.dense import codes_of
 from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
 from ssod.ops.forms import graph_target
-from ssod.ops.host import owners
+from ssod.ops.host import on_device, owners
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features, roi_strides, rows_by_stride
 from ssod.ops.suppression import nms_batch, nms_levels
@@ -138,7 +138,7 @@ class FasterRCNN(PyramidDetector):
         with full_precision(output.logits):
             padded = pad_targets(targets)
             anchors = self._sample_anchors(output, targets)
-            regions = self._sample_regions(output, targets)
+            regions = self._sample_regions(output, padded)
             anchors.settle(regions, list(self._roi_maps(output.pyramid)))
             return self._rpn_loss(output, anchors, padded, weigh) | self._roi_loss(output, regions, padded, weigh)
 
@@ -291,20 +291,20 @@ class FasterRCNN(PyramidDetector):
         image = torch.arange(len(take), device=take.device)[:, None].expand(take.shape)
         return Sampled(take.flatten(), image.flatten(), matched.gather(1, take).flatten(), use.flatten())
 
-    def _sample_regions(self, output: DenseOutput, targets: list[Instances]) -> Sampled:
+    def _sample_regions(self, output: DenseOutput, padded: PaddedTargets) -> Sampled:
         threshold = self.options.roi_foreground
-        boxes, matched, use = [], [], []
         proposals = self._propose(output, self.options.train_pre_nms, self.options.train_proposals)
-        for regions, target in zip(proposals, targets, strict=True):
-            regions = torch.cat([regions, target.boxes.float()])  # the targets themselves: foreground from step one
-            found = assign_iou(regions, target.boxes.float(), threshold, threshold, False)
-            take, used = sample_balanced(found[None], self.options.roi_samples, self.options.roi_positive)
-            boxes.append(regions[take[0]])
-            matched.append(found[take[0]])
-            use.append(used[0])
-        every = torch.cat(boxes)
+        counts = on_device([len(r) for r in proposals], padded.boxes.device)
+        regions = pad_sequence(proposals, batch_first=True)  # [B, R, 4]
+        there = torch.arange(regions.shape[1], device=counts.device) < counts[:, None]
+        regions = torch.cat([regions, padded.boxes], dim=1)  # the targets themselves: foreground from step one
+        there = torch.cat([there, padded.valid], dim=1)
+        found = assign_iou(regions, padded.boxes, threshold, threshold, False, padded.valid).where(there, IGNORED)
+        take, use = sample_balanced(found, self.options.roi_samples, self.options.roi_positive)  # [B, S]
+        every = take_boxes(regions, take).flatten(0, 1)
+        image = torch.arange(len(take), device=take.device)[:, None].expand(take.shape).flatten()
         strides = roi_strides(every, list(self._roi_maps(output.pyramid)))
-        return Sampled(every, _image_of(boxes), torch.cat(matched), torch.cat(use), strides)
+        return Sampled(every, image, found.gather(1, take).flatten(), use.flatten(), strides)
 
     def _rpn_loss(
         self, output: DenseOutput, samples: Sampled, padded: PaddedTargets, weigh: Weigh | None

@@ -84,24 +84,28 @@ def assign_points(points: Tensor, reach: Tensor, ranges: Tensor, boxes: Tensor, 
     return matched.where(smallest.isfinite(), BACKGROUND)
 
 
-def assign_iou(candidates: Tensor, boxes: Tensor, low: float, high: float, allow_low_quality: bool) -> Tensor:
-    """Assignment by overlap, one image (Ren et al., 2015, section 3.1.2).
+def assign_iou(
+    candidates: Tensor, boxes: Tensor, low: float, high: float, allow_low_quality: bool, valid: Tensor | None = None
+) -> Tensor:
+    """Assignment by overlap (Ren et al., 2015, section 3.1.2), of one image or of several at once.
 
-    candidates  [P, 4], boxes [N, 4]
+    candidates  [..., P, 4], boxes [..., N, 4]; valid bool [..., N], which boxes are targets, None: all
     IoU >= high takes the best target; IoU < low is background (-1); between, the candidate is ignored (-2).
     allow_low_quality  every target also keeps the candidates of its own highest IoU, however low that is
 
-    Returns int64 [P].
+    Returns int64 [..., P].
     """
-    if boxes.shape[0] == 0:
-        return torch.full((candidates.shape[0],), BACKGROUND, dtype=torch.int64, device=candidates.device)
-    overlap = iou_matrix(candidates, boxes)  # [P, N]
-    best, target = overlap.max(dim=1)
+    if boxes.shape[-2] == 0:
+        return torch.full(candidates.shape[:-1], BACKGROUND, dtype=torch.int64, device=candidates.device)
+    overlap = iou_matrix(candidates, boxes)  # [..., P, N]
+    if valid is not None:
+        overlap = overlap.where(valid.unsqueeze(-2), -1.0)
+    best, target = overlap.max(dim=-1)
     matched = target.where(best >= low, BACKGROUND)
     matched = matched.where((best < low) | (best >= high), IGNORED)
     if allow_low_quality:
-        highest = overlap.max(dim=0).values  # [N]
-        keeps = ((overlap == highest) & (highest > 0)).any(dim=1)  # an empty target would keep every candidate
+        highest = overlap.amax(dim=-2, keepdim=True)  # [..., 1, N]
+        keeps = ((overlap == highest) & (highest > 0)).any(dim=-1)  # an empty target would keep every candidate
         matched = target.where(keeps, matched)
     return matched
 

@@ -57,6 +57,20 @@ def test_assign_iou_equals_torchvision(low_quality):
     assert torch.equal(assign_iou(candidates, boxes, 0.3, 0.7, low_quality), theirs)
 
 
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_assign_iou_of_several_images(low_quality):
+    generator = torch.Generator().manual_seed(2)
+    a = torch.rand(3, 90, 2, generator=generator) * 60
+    candidates = torch.cat([a, a + 5 + torch.rand(3, 90, 2, generator=generator) * 30], dim=2)
+    boxes = candidates[:, :5] + torch.randn(3, 5, 4, generator=generator)
+    counts = [5, 2, 0]
+    valid = torch.arange(5) < torch.tensor(counts)[:, None]
+    together = assign_iou(candidates, boxes, 0.3, 0.7, low_quality, valid)
+    assert (together[0] == 4).any()
+    for b, count in enumerate(counts):
+        assert torch.equal(together[b], assign_iou(candidates[b], boxes[b, :count], 0.3, 0.7, low_quality))
+
+
 def test_assign_iou_without_boxes_and_with_an_empty_one():
     candidates = torch.tensor([[0.0, 0, 4, 4], [9, 9, 12, 12]])
     assert assign_iou(candidates, torch.zeros(0, 4), 0.3, 0.7, True).tolist() == [-1, -1]
