@@ -46,6 +46,12 @@ def map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat((moved.amin(-2), moved.amax(-2)), -1).to(boxes.dtype)
 
 
+def of_images(matrices: Tensor, image: Tensor) -> Tensor:
+    """The matrix of each row's image: [B, 3, 3] and int64 [M] -> [M, 3, 3]. On mps, which has no float64, matrices stay
+    on the host."""
+    return matrices[image.to(matrices.device)]
+
+
 def map_instances(
     instances: Instances,
     matrix: Tensor,
@@ -90,8 +96,8 @@ def into_views(
     """`map_instances` of B images for each choice, a bool [N] an image: the objects that are left, and their int64
     indices in `found`. matrices [B, 3, 3], sizes [B, 2]; all images have the same fields."""
     counts = [len(f) for f in found]
-    every, image = Instances.cat(found), owners(counts, matrices.device)  # M objects of the batch
-    moved, shown = _moved(every, matrices[image], sizes[image], MIN_AREA, MIN_VISIBLE)
+    every, image = Instances.cat(found), owners(counts, found[0].boxes.device)  # M objects of the batch
+    moved, shown = _moved(every, of_images(matrices, image), sizes[image], MIN_AREA, MIN_VISIBLE)
     first = owned_starts(counts, image)
     out = []
     for rows, kept in rows_by_owner([shown & torch.cat(choice) for choice in choices], image, len(found)):

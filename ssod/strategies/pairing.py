@@ -23,7 +23,7 @@ from ssod.ops.host import owners
 from ssod.ops.hungarian import match_hungarian
 from ssod.ops.places import same_grid, same_place, within
 from ssod.ops.set_matching import pair_costs, to_centers, to_corners
-from ssod.ops.views import between, everything, into_views, map_boxes
+from ssod.ops.views import between, everything, into_views, map_boxes, of_images
 from ssod.structures import DenseOutput, Instances, SlotOutput
 
 Worth = Callable[[Tensor, bool], Tensor]
@@ -224,4 +224,5 @@ def _to_learner(boxes: Tensor, image: Tensor, sizes: Tensor, matrices: Tensor | 
     """Boxes [F, 4] of the judge's view, image int64 [F] -> in the learner's view, clipped to its sizes [B, 2]."""
     if matrices is None:
         return boxes
-    return clip(map_boxes(boxes, between(matrices, torch.eye(3).to(matrices))[image]), sizes[image])
+    back = of_images(between(matrices, torch.eye(3).to(matrices)), image)
+    return clip(map_boxes(boxes, back), sizes[image])

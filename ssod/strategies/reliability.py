@@ -22,7 +22,7 @@ from ssod.ops.boxes import clip, iou_matrix
 from ssod.ops.host import rows_by_owner
 from ssod.ops.places import same_place
 from ssod.ops.set_matching import to_corners
-from ssod.ops.views import between, map_boxes
+from ssod.ops.views import between, map_boxes, of_images
 from ssod.structures import Candidates, DenseOutput, Instances, SemiBatch
 
 Reliability = Callable[[Candidates], Tensor]  # [M] in 0 .. 1
@@ -48,7 +48,7 @@ class WeakView:
         clipped to it, [R, 4]."""
         ((rows, counts),) = rows_by_owner([which], candidates.image, len(self.to_weak))
         image = candidates.image[rows]
-        boxes = clip(map_boxes(candidates.boxes[rows], self.to_weak[image]), self.sizes[image])
+        boxes = clip(map_boxes(candidates.boxes[rows], of_images(self.to_weak, image)), self.sizes[image])
         return list(rows.split(counts)), list(boxes.split(counts))
 
 
