@@ -6,8 +6,6 @@ M regions or sampled anchors of the whole batch, D numbers per box code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -18,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ssod import dist
 from ssod.detectors.base import RegionOutput, candidate_weights, check_targets, full_precision
+from ssod.detectors.proposals import Proposer, RpnOutput
 from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ranked
 from ssod.detectors.sampled import Sampled
 from ssod.errors import UserError
@@ -28,20 +27,18 @@ from ssod.ops.anchors import AnchorGrid, ratio_cells
 from ssod.ops.assign import IGNORED, PaddedTargets, assign_iou, pad_targets, sample_balanced
 from ssod.ops.boxes import clip, not_smaller
 from ssod.ops.codecs import L1Codec
-from ssod.ops.dense import codes_of
-from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, keep_mask, take_boxes
+from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, take_boxes
 from ssod.ops.forms import graph_target
 from ssod.ops.host import on_device, owners
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features, roi_strides, rows_by_stride
-from ssod.ops.suppression import nms_batch, nms_levels
+from ssod.ops.suppression import nms_batch
 from ssod.structures import Candidates, DenseOutput, Instances, Pyramid, Weigh
 
 LEVELS = 5
 SMALLEST_ANCHOR = 32  # pixels
 RATIOS = (0.5, 1.0, 2.0)
 ROI_SIZE = 7
-NO_REGION = -1e30  # a logit that no anchor has
 FIXED_CANDIDATES = 3000  # pairs of region and class that a graph looks at: TensorRT sorts at most 3840
 
 
@@ -90,6 +87,7 @@ class FasterRCNN(PyramidDetector):
         super().__init__(num_classes, options)
         self.strides = tuple(options.lowest_stride * 2**i for i in range(LEVELS))
         self.codec = L1Codec()  # of what `dense` gives
+        self.propose = Proposer(self.codec, options.rpn_nms)
         self.roi_codec = anchor_codec(options, (10, 10, 5, 5), 1 / 9)
         # A bucket code has 8 K numbers: of each class, it would be most of the network's weights.
         agnostic = options.codec == "bucket" if options.class_agnostic is None else options.class_agnostic
@@ -127,7 +125,7 @@ class FasterRCNN(PyramidDetector):
             logits.append(per_anchor(self.rpn_logits(hidden), 1))
             codes.append(per_anchor(self.rpn_codes(hidden), self.codec.dim))
         anchors, spans = self._places(pyramid)
-        return _RpnOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
+        return RpnOutput(torch.cat(logits, dim=1), torch.cat(codes, dim=1), anchors, spans, pyramid)
 
     def loss(self, output: DenseOutput, targets: list[Instances], weigh: Weigh | None = None) -> dict[str, Tensor]:
         """Objectness and box loss of the RPN, class and box loss of the RoI head.
@@ -177,7 +175,8 @@ class FasterRCNN(PyramidDetector):
     def fixed(self, output: DenseOutput, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
         """See `Detector.fixed`."""
         with full_precision(output.logits):
-            regions, real = self._fixed_proposals(output)  # [B, R, 4], [B, R]
+            limits = self.options.test_pre_nms, self.options.test_proposals
+            regions, real = self.propose.fixed(output, *limits)  # [B, R, 4], [B, R]
             batch, count = real.shape
             image = torch.arange(batch, device=real.device).unsqueeze(1).expand(-1, count).flatten()
             logits, codes = self._region_head(output.pyramid, regions.flatten(0, 1), image)
@@ -194,7 +193,7 @@ class FasterRCNN(PyramidDetector):
 
     def proposals(self, output: DenseOutput) -> list[Tensor]:
         """The regions that `decode` looks at: B tensors [R, 4] xyxy pixels, by descending objectness, no gradient."""
-        return self._propose(output, self.options.test_pre_nms, self.options.test_proposals)
+        return self.propose(output, self.options.test_pre_nms, self.options.test_proposals)
 
     def read(
         self,
@@ -241,49 +240,6 @@ class FasterRCNN(PyramidDetector):
 
     # ---- inside
 
-    @torch.no_grad()
-    def _propose(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
-        assert isinstance(output, _RpnOutput)
-        limits = pre_nms, post_nms
-        if limits not in output.proposed:
-            if output.whole is not None and output.logits.device.type != "cpu":
-                # A GPU is waited for once for all pieces.
-                whole, start = output.whole
-                every = self._propose(whole, *limits)
-                output.proposed[limits] = every[start : start + len(output.logits)]
-            else:
-                output.proposed[limits] = self._find_proposals(output, *limits)
-        return output.proposed[limits]
-
-    def _find_proposals(self, output: DenseOutput, pre_nms: int, post_nms: int) -> list[Tensor]:
-        scores = output.logits.squeeze(-1).float()  # [B, P]
-        best, index = [], []
-        for span in output.spans.values():
-            value, where = scores[:, span].topk(min(pre_nms, span.stop - span.start), dim=1)
-            best.append(value)
-            index.append(where + span.start)
-        score, anchor = torch.cat(best, dim=1), torch.cat(index, dim=1)  # [B, T]
-        codes = output.codes.float().gather(1, anchor.unsqueeze(-1).expand(-1, -1, self.codec.dim))
-        boxes, _ = self.codec.decode(codes, output.anchors[anchor])
-        boxes = clip(boxes, output.pyramid.sizes[:, None])
-        lengths = [b.shape[1] for b in best]
-        kept = nms_levels(boxes, score, lengths, not_smaller(boxes, 1e-3), self.options.rpn_nms, post_nms)
-        return [boxes[b, keep] for b, keep in enumerate(kept)]
-
-    def _fixed_proposals(self, output: DenseOutput) -> tuple[Tensor, Tensor]:
-        """As `proposals`, filled up to one number: [B, R, 4], and which of them are real, bool [B, R]."""
-        boxes, scores = [], []
-        for span in output.spans.values():
-            score, anchor = best_of(output.logits[:, span, 0].float(), self.options.test_pre_nms)  # [B, T]
-            codes = codes_of(output.codes[:, span], anchor)
-            box = clip(self.codec.decode(codes, output.anchors[span][anchor])[0], output.pyramid.sizes[:, None])
-            score = score.where(not_smaller(box, 1e-3), NO_REGION)
-            keep = keep_mask(box, score, torch.zeros_like(anchor), 1, self.options.rpn_nms)  # level by level
-            boxes.append(box)
-            scores.append(score.where(keep, NO_REGION))
-        best, index = best_of(torch.cat(scores, dim=1), self.options.test_proposals)
-        return take_boxes(torch.cat(boxes, dim=1), index), best > NO_REGION
-
     def _sample_anchors(self, output: DenseOutput, targets: list[Instances]) -> Sampled:
         # Image by image: [B, P, N] overlaps of all anchors would be gigabytes for large images.
         matched = torch.stack([assign_iou(output.anchors, t.boxes.float(), 0.3, 0.7, True) for t in targets])  # [B, P]
@@ -293,7 +249,7 @@ class FasterRCNN(PyramidDetector):
 
     def _sample_regions(self, output: DenseOutput, padded: PaddedTargets) -> Sampled:
         threshold = self.options.roi_foreground
-        proposals = self._propose(output, self.options.train_pre_nms, self.options.train_proposals)
+        proposals = self.propose(output, self.options.train_pre_nms, self.options.train_proposals)
         counts = on_device([len(r) for r in proposals], padded.boxes.device)
         regions = pad_sequence(proposals, batch_first=True)  # [B, R, 4]
         there = torch.arange(regions.shape[1], device=counts.device) < counts[:, None]
@@ -408,17 +364,3 @@ def _body(body: MakeBackbone, options: FasterRCNNOptions) -> Backbone:
 def _image_of(boxes: list[Tensor]) -> Tensor:
     """B tensors [R, 4] -> int64 [M]: the image of each row of their concatenation."""
     return owners([len(b) for b in boxes], boxes[0].device)
-
-
-@dataclass
-class _RpnOutput(DenseOutput):
-    """proposed: what was proposed by it, by the limits asked for: strategies ask the same output more than once.
-    whole: where this is a piece of an output, that output and the first of its images that are here."""
-
-    proposed: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    whole: tuple[_RpnOutput, int] | None = None
-
-    def split(self, counts: list[int]) -> list[DenseOutput]:
-        starts = accumulate(counts, initial=0)
-        pieces = zip(super().split(counts), starts, strict=False)
-        return [replace(piece, proposed={}, whole=(self, start)) for piece, start in pieces]  # type: ignore[call-arg]
