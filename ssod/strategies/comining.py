@@ -85,8 +85,9 @@ class CoMining(Strategy):
         The second result has an entry for each mined image and view: the boxes that this view learns from.
         """
         wanted = [w and self.options.mine for w in wanted]
-        found = self.mine(output, views, wanted) if any(wanted) else [t[:0] for t in views.targets]
-        mined = exchanged(found, views) if any(wanted) else found
+        mined = [t[:0] for t in views.targets]
+        if any(wanted):
+            mined = exchanged(self.mine(output, views, wanted), views)
         targets = [joined(y, p) for y, p in zip(views.targets, mined, strict=True)]
         half = len(views) // 2
         losses: dict[str, Tensor] = {}

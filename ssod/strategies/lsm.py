@@ -61,8 +61,8 @@ class LSM(TeacherStudent):
         losses = super().supervised(batch, output)
         if self.aux is not None:
             with parameters_held(self.student):
-                output = self.half_output(batch.labeled)
-                own = self.twin().loss(output, batch.labeled.targets, classes_only)
+                half = self.half_output(batch.labeled)
+                own = self.twin().loss(half, batch.labeled.targets, classes_only)
             losses["pim"] = self.options.pim_weight * torch.stack(list(own.values())).sum()
         return losses
 
