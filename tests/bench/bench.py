@@ -27,6 +27,7 @@ ARMS = dict.fromkeys(DETECTORS, ("mean_teacher", "unbiased_teacher"))
 ARMS["faster_rcnn"] = (*ARMS["faster_rcnn"], "soft_teacher")
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "step": ("bench_step.py",),
+    "semi": ("bench_step.py", "--semi", "--rounds", "3"),
     **{f"strategies_{n}": ("bench_strategies.py", "--detector", n, "--arms", *arms) for n, arms in ARMS.items()},
     "loader": ("bench_loader.py",),
     "export": ("bench_export.py",),

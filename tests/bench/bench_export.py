@@ -46,6 +46,7 @@ import onnxruntime
 import torch
 import torchvision
 from common import Row, common_options, save
+from peers import DETECTORS, IOU, MAX_DET, NUM_CLASSES, set_limits
 from torch import Tensor, nn
 from torchvision_peers import FIRST_LABEL, copy_weights, peer_of
 
@@ -60,11 +61,8 @@ from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.nn.compiled import compile_networks
 
-DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
-NUM_CLASSES = 80
 GOAL = 0.667  # 1.5 times as fast
-CONF, MAX_DET = 0.05, 100
-IOU = {"fcos": 0.6, "retinanet": 0.5, "faster_rcnn": 0.5, "deformable_detr": 0.5}  # torchvision's
+CONF = 0.05
 # What the table calls each of our files, and the side that runs it.
 FILES = {
     "ONNX": "ours",
@@ -172,7 +170,7 @@ def make_sides(name: str, size: int, shift: float, folder: Path, compiled: bool)
         peer = peer_of(name, NUM_CLASSES, size)
         shift_classes(peer, name, shift)
         copy_weights(peer, detector)
-        set_limits(peer, name)
+        set_limits(peer, name, CONF)
     passing = len(detector(image, conf=CONF, iou=1.0, max_det=1 << 30)[0])
     pixels, valid = image.numpy(), np.array([[size, size]], np.int32)
     sides = {"eager": Side(lambda: len(detector(image, conf=CONF, iou=IOU[name], max_det=MAX_DET)[0]))}
@@ -230,11 +228,6 @@ def shift_classes(peer: nn.Module, name: str, shift: float) -> None:
     bias = peer.get_submodule(layer).bias
     assert isinstance(bias, Tensor)
     bias.data[BACKGROUND.get(name, 0) :] += shift
-
-
-def set_limits(peer: nn.Module, name: str) -> None:
-    part = peer.get_submodule("roi_heads") if name == "faster_rcnn" else peer
-    part.score_thresh, part.nms_thresh, part.detections_per_img = CONF, IOU[name], MAX_DET
 
 
 def card(name: str, detector: Detector, size: int) -> Card:

@@ -1,8 +1,10 @@
-"""Time and peak memory of one supervised training step (forward, loss, backward) of the four detectors, against
-torchvision (FCOS, RetinaNet, Faster R-CNN) and transformers (Deformable DETR).
+"""Time and peak memory of one training step of the four detectors, against torchvision (FCOS, RetinaNet, Faster R-CNN)
+and transformers (Deformable DETR).
 
-    python tests/bench/bench_step.py --size 640 --batch 2 --rounds 5 [--device cuda]
+    python tests/bench/bench_step.py --size 640 --batch 2 --rounds 5 [--semi] [--device cuda]
 
+A supervised step is forward, loss and backward (peers.py). With --semi a step of a mean teacher with as many unlabelled
+images, the updates of optimizer and moving average included, theirs by the plainest loop (peers_semi.py).
 Time: ours and theirs alternate in one process; on a CPU process time at one thread, on CUDA wall time after a
 synchronisation; medians over the rounds. Memory: one fresh process for each side and mode, its peak above what the
 imports took (CPU), or the allocator's peak (CUDA). Each side is then taken in its fastest mode, and both ratios are of
@@ -26,6 +28,7 @@ import torch
 import torchvision
 from common import Row, common_options, save
 from peers import DETECTORS, OUR_MODES, THEIR_MODES, Step, make_step
+from peers_semi import make_semi_step
 
 Key = tuple[str, str]  # (who, mode)
 
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--semi", action="store_true", help="semi-supervised steps instead of supervised ones")
     parser.add_argument("--compile", action="store_true", help="also compiled, ours as by compile=true")
     parser.add_argument("--memory-of", nargs=3, metavar=("DETECTOR", "WHO", "MODE"), help="print bytes and leave")
     common_options(parser)
@@ -53,15 +57,17 @@ def main() -> None:
         modes = [("theirs", "fp32"), ("ours", "fp32"), ("ours", "bf16")]
     if args.compile:
         modes += [("theirs", "bf16 channels_last compile"), ("ours", "fp32 compile"), ("ours", "bf16 compile")]
+    make = make_semi_step if args.semi else make_step
     where = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, {where}, "
         f"1 thread, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}; "
-        f"ResNet-50, {args.size} px, batch {args.batch}, medians of {args.rounds} rounds"
+        f"ResNet-50, {args.size} px, batch {args.batch}{f' + {args.batch}' if args.semi else ''}, "
+        f"medians of {args.rounds} rounds"
     )
     rows, lines = [], []
     for name in args.detectors:
-        times = alternate({key: make_step(name, *key, args.size, args.batch, args.device) for key in modes}, args)
+        times = alternate({key: make(name, *key, args.size, args.batch, args.device) for key in modes}, args)
         memory = {key: memory_in_fresh_process(name, *key, args) for key in modes}
         print(f"\n{name:28} {'ms':>8} {'GB':>6}")
         for key in modes:
@@ -69,7 +75,7 @@ def main() -> None:
         best = {who: min((k for k in modes if k[0] == who), key=times.__getitem__) for who in ("theirs", "ours")}
         a, b = best["ours"], best["theirs"]
         rows.append((name, a[1], b[1], times[a] / times[b], memory[a] / memory[b]))
-        lines += table_rows(name, times, memory, a, b)
+        lines += table_rows(f"semi-supervised {name}" if args.semi else name, times, memory, a, b)
     print("\n| | ours | theirs | time | peak memory |\n|---|---|---|---|---|")
     for name, mine, other, ratio, space in rows:
         print(f"| {name} | {mine} | {other} | {ratio:.2f} | {space:.2f} |")
@@ -78,8 +84,8 @@ def main() -> None:
 
 def table_rows(name: str, times: dict[Key, float], memory: dict[Key, float], mine: Key, other: Key) -> list[Row]:
     """Of one detector, mine and other the fastest mode of each side: the goals are those of a CPU."""
-    theirs, peer = times["theirs", "fp32"], "transformers" if name == "deformable_detr" else "torchvision"
-    fp32, half = (0.7, None) if name == "deformable_detr" else (0.9, 0.55)
+    theirs, peer = times["theirs", "fp32"], "transformers" if "deformable_detr" in name else "torchvision"
+    fp32, half = (0.7, None) if "deformable_detr" in name else (0.9, 0.55)
     return [
         Row(f"step of {name}, fp32 / {peer}", times["ours", "fp32"], theirs, fp32),
         Row(f"step of {name}, bf16 / {peer} fp32", times["ours", "bf16"], theirs, half),
@@ -110,24 +116,21 @@ def now(device: str) -> float:
 def memory_in_fresh_process(name: str, who: str, mode: str, args: argparse.Namespace) -> float:
     words = [sys.executable, __file__, "--memory-of", name, who, mode]
     words += ["--size", str(args.size), "--batch", str(args.batch), "--device", args.device]
+    words += ["--semi"] if args.semi else []
     found: float = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
     return found
 
 
 def peak_memory(name: str, who: str, mode: str, args: argparse.Namespace) -> int:
-    """Bytes at the peak of three steps: weights, gradients, activations."""
-    if name == "deformable_detr" and who == "theirs":
+    """Bytes at the peak of three steps: weights, gradients, activations, and what keeps the updates."""
+    if name == "deformable_detr" and (who == "theirs" or args.semi):
         import transformers.models.deformable_detr.modeling_deformable_detr  # noqa: F401  imports are not the model's
-    if args.device == "cuda":
-        step = make_step(name, who, mode, args.size, args.batch, args.device)
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated()
     before = status("VmRSS")
-    step = make_step(name, who, mode, args.size, args.batch, args.device)
+    make = make_semi_step if args.semi else make_step
+    step = make(name, who, mode, args.size, args.batch, args.device)
     for _ in range(3):
         step()
-    return status("VmHWM") - before
+    return torch.cuda.max_memory_allocated() if args.device == "cuda" else status("VmHWM") - before
 
 
 def status(key: str) -> int:

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from bench_step import alternate, status
 from common import Row, common_options, save
 from peers import DETECTORS
+from peers_semi import flipped, mirrored
 from study_grid import read_grid
 from torch import Tensor
 
@@ -57,6 +58,7 @@ GOAL = 1.08  # times the floor
 GRID = Path(__file__).parent / "grids" / "bccd10.yaml"
 STEP = 5000  # far behind burn-in and ramps
 FIT_LR = 5e-4
+OF_METHOD = ("half_scale", "codec", "buckets", "rank_by_quality")  # detector's options that a strategy is made of
 PARTS = ("labelled", "unlabelled", "teacher", "half size", "labelled, half size", "two views")
 Step = Callable[[], object]
 
@@ -145,8 +147,8 @@ def config_of(values: Mapping[str, Any], args: argparse.Namespace) -> TrainConfi
     if args.backbone:
         given["backbone"] = args.backbone
     if args.detector:
-        half = values["detector"].get("half_scale", False)
-        given["detector"] = {"name": args.detector} | ({"half_scale": True} if half else {})
+        own = {k: v for k, v in values["detector"].items() if k in OF_METHOD}
+        given["detector"] = {"name": args.detector, **own}
     config: TrainConfig = validate(TrainConfig, {**values, **given}, "")
     return config
 
@@ -203,16 +205,9 @@ def unlabeled_of(config: TrainConfig) -> int:
 def batch_of(config: TrainConfig, args: argparse.Namespace) -> tuple[SemiBatch, list[Instances]]:
     """A step's images, and the true boxes of the strong view: the mirrored weak one."""
     labeled, weak = pictures(config.batch, 0, config, args), pictures(unlabeled_of(config), 1, config, args)
-    side = config.imgsz
-    mirror = torch.tensor([[-1.0, 0, side], [0, 1, 0], [0, 0, 1]], dtype=torch.float64, device=weak.matrices.device)
-    true = []
-    for t in weak.targets:
-        x1, y1, x2, y2 = t.boxes.unbind(1)
-        true.append(t.with_boxes(torch.stack([side - x2, y1, side - x1, y2], 1)))
-    none = [Instances.empty(args.device) for _ in true]
-    strong = View(weak.images.flip(-1), weak.sizes, (mirror @ weak.matrices), none, weak.indices)
-    hidden = View(weak.images, weak.sizes, weak.matrices, none, weak.indices)
-    return SemiBatch(labeled, hidden, strong), true
+    strong = mirrored(weak)
+    hidden = View(weak.images, weak.sizes, weak.matrices, strong.targets, weak.indices)
+    return SemiBatch(labeled, hidden, strong), [flipped(t, weak.images.shape[-1]) for t in weak.targets]
 
 
 def new_student(config: TrainConfig, args: argparse.Namespace, state: Path | None) -> Detector:

@@ -19,13 +19,18 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ssod.detectors import build_detector
+from ssod.detectors.base import Detector
+from ssod.nn.backbone import IMAGENET_MEAN, IMAGENET_STD
 from ssod.nn.compiled import compile_networks
 from ssod.nn.precision import lay_out
 from ssod.structures import Instances
 
 Step = Callable[[], object]
+Context = Callable[[], AbstractContextManager[object]]  # autocast, or nothing
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
 NUM_CLASSES = 80
+IOU = {"fcos": 0.6, "retinanet": 0.5, "faster_rcnn": 0.5, "deformable_detr": 0.5}  # torchvision's, of NMS
+MAX_DET = 100
 THEIR_MODES = ("fp32", "bf16", "bf16 channels_last")
 OUR_MODES = ("fp32", "bf16")
 
@@ -51,12 +56,10 @@ def make_step(name: str, who: str, mode: str, size: int, batch: int, device: str
 
     if who == "ours":
         return our_step(model, images, targets, context)
-    if name == "deformable_detr":
-        return transformers_step(model, images, targets, context)
-    return torchvision_step(name, model, images, targets, context)
+    return their_step(name, model, images, targets, context)
 
 
-def ours(name: str) -> nn.Module:
+def ours(name: str) -> Detector:
     # the reference's dropout, so that both sides do the same work
     options = {"dropout": 0.1} if name == "deformable_detr" else {}
     return build_detector(name, NUM_CLASSES, options=options, frozen_norm=True, freeze=1)
@@ -82,6 +85,13 @@ def theirs(name: str, size: int) -> nn.Module:
     )  # nine anchors per cell, as in retinanet_resnet50_fpn
 
 
+def set_limits(peer: nn.Module, name: str, conf: float) -> None:
+    """What torchvision's detectors give at all; transformers leaves it to who reads the output."""
+    if name != "deformable_detr":
+        part = peer.get_submodule("roi_heads") if name == "faster_rcnn" else peer
+        part.score_thresh, part.nms_thresh, part.detections_per_img = conf, IOU[name], MAX_DET
+
+
 def compile_parts(name: str, who: str, model: nn.Module) -> None:
     if who == "ours":
         compile_networks([model], next(model.parameters()).device)
@@ -93,9 +103,7 @@ def compile_parts(name: str, who: str, model: nn.Module) -> None:
         model.backbone = torch.compile(model.backbone)
 
 
-def our_step(
-    model: nn.Module, images: Tensor, targets: list[Instances], context: Callable[[], AbstractContextManager[object]]
-) -> Step:
+def our_step(model: Detector, images: Tensor, targets: list[Instances], context: Context) -> Step:
     def step() -> None:
         model.zero_grad()
         with context():
@@ -105,43 +113,38 @@ def our_step(
     return step
 
 
-def torchvision_step(
-    name: str,
-    model: nn.Module,
-    images: Tensor,
-    targets: list[Instances],
-    context: Callable[[], AbstractContextManager[object]],
-) -> Step:
-    first = 1 if name == "faster_rcnn" else 0
-    wanted = [{"boxes": t.boxes, "labels": t.labels + first} for t in targets]
-    pixels = list(images.float() / 255)
+def their_step(name: str, model: nn.Module, images: Tensor, targets: list[Instances], context: Context) -> Step:
+    pixels = their_pixels(name, images)
 
     def step() -> None:
         model.zero_grad()
         with context():
-            losses = model(pixels, wanted)
-        sum(losses.values()).backward()
-
-    return step
-
-
-def transformers_step(
-    model: nn.Module, images: Tensor, targets: list[Instances], context: Callable[[], AbstractContextManager[object]]
-) -> Step:
-    size = images.shape[-1]
-    labels = []
-    for t in targets:
-        center, side = (t.boxes[:, :2] + t.boxes[:, 2:]) / 2, t.boxes[:, 2:] - t.boxes[:, :2]
-        labels.append({"class_labels": t.labels, "boxes": torch.cat([center, side], dim=1) / size})
-    pixels = images.float() / 255
-
-    def step() -> None:
-        model.zero_grad()
-        with context():
-            loss = model(pixel_values=pixels, labels=labels).loss
+            loss = their_loss(name, model, pixels, targets)
         loss.backward()
 
     return step
+
+
+def their_pixels(name: str, images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] as theirs want it: torchvision's normalise inside, transformers' are given normalised ones."""
+    pixels = images.float() / 255
+    if name != "deformable_detr":
+        return pixels
+    mean, std = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def their_loss(name: str, model: nn.Module, pixels: Tensor, targets: list[Instances]) -> Tensor:
+    if name == "deformable_detr":
+        size, labels = pixels.shape[-1], []
+        for t in targets:
+            center, side = (t.boxes[:, :2] + t.boxes[:, 2:]) / 2, t.boxes[:, 2:] - t.boxes[:, :2]
+            labels.append({"class_labels": t.labels, "boxes": torch.cat([center, side], dim=1) / size})
+        loss: Tensor = model(pixel_values=pixels, labels=labels).loss
+        return loss
+    first = 1 if name == "faster_rcnn" else 0
+    losses = model(list(pixels), [{"boxes": t.boxes, "labels": t.labels + first} for t in targets])
+    return torch.stack(list(losses.values())).sum()
 
 
 def make_targets(batch: int, size: int, per_image: int = 7) -> list[Instances]:

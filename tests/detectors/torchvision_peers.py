@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ssod.detectors.base import Detector
 from ssod.detectors.names_torchvision import DENSE_NAMES, FASTER_RCNN_NAMES
@@ -25,42 +26,45 @@ LOSSES = {
 }
 MAX_DET = 2000  # more than there are: a cut through equal scores would be arbitrary on both sides
 FIRST_LABEL = {"fcos": 0, "retinanet": 0, "faster_rcnn": 1}
+SCALE = {
+    "fcos": 3.0,
+    "retinanet": 30.0,
+    "faster_rcnn": 8.0,
+}  # of predictions' weights: some scores pass
 
 
 def peer_of(name: str, num_classes: int, shorter_side: int) -> nn.Module:
     """A peer that resizes no image of this shorter side, and keeps every box of a score above 0.05 (up to MAX_DET)."""
     common = {"weights": None, "weights_backbone": None, "min_size": shorter_side, "max_size": 10 * shorter_side}
     if name == "fcos":
-        return _telling(
-            fcos_resnet50_fpn(num_classes=num_classes, score_thresh=0.05, detections_per_img=MAX_DET, **common), scale=3
-        )
-    if name == "retinanet":
+        peer = fcos_resnet50_fpn(num_classes=num_classes, score_thresh=0.05, detections_per_img=MAX_DET, **common)
+    elif name == "retinanet":
         peer = retinanet_resnet50_fpn(num_classes=num_classes, score_thresh=0.05, detections_per_img=MAX_DET, **common)
-        return _telling(peer, scale=30)
-    peer = fasterrcnn_resnet50_fpn(
-        num_classes=num_classes + 1,
-        rpn_batch_size_per_image=64,
-        box_batch_size_per_image=64,
-        box_detections_per_img=MAX_DET,
-        **common,
-    )
-    return _telling(peer, scale=8)
+    else:
+        peer = fasterrcnn_resnet50_fpn(
+            num_classes=num_classes + 1,
+            rpn_batch_size_per_image=64,
+            box_batch_size_per_image=64,
+            box_detections_per_img=MAX_DET,
+            **common,
+        )
+    make_telling(peer, name)
+    return peer.eval()
 
 
-def _telling(peer: nn.Module, scale: float) -> nn.Module:
+def make_telling(peer: nn.Module, name: str) -> None:
     """Statistics that are not the identity, and predictions strong enough for some to pass the threshold."""
     generator = torch.Generator().manual_seed(3)
     for module in peer.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
             module.running_mean.normal_(std=0.05, generator=generator)
             module.running_var.uniform_(0.8, 1.2, generator=generator)
             module.weight.data.uniform_(0.7, 1.1, generator=generator)
-    for name, value in peer.named_parameters():
-        if re.search(r"(cls_logits|bbox_reg|bbox_pred|bbox_ctrness)\.weight", name):
-            value.data.mul_(scale)
-        if "bbox_reg.bias" in name and value.numel() == 4:  # FCOS: distances, which must be positive to count
+    for key, value in peer.named_parameters():
+        if re.search(r"(cls_logits|bbox_reg|bbox_pred|bbox_ctrness)\.weight", key):
+            value.data.mul_(SCALE[name])
+        if "bbox_reg.bias" in key and value.numel() == 4:  # FCOS: distances, which must be positive to count
             value.data.fill_(1.5)
-    return peer.eval()
 
 
 def in_our_words(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
