@@ -54,10 +54,10 @@ def test_weights_and_operations_are_those_of_the_models(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from ssod.detectors import build_detector
-    from ssod.ops.winograd import plain_convolutions
+    from ssod.ops.forms import plain_forms
 
     detector = build_detector(name, 80, "resnet50", {}, frozen_norm=True).eval()
     assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == DETECTORS[name].weights
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, plain_convolutions():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, plain_forms():
         detector.head(detector.features(torch.zeros(1, 3, 640, 640)))
     assert counter.get_total_flops() == pytest.approx(DETECTORS[name].flops, rel=0.01)

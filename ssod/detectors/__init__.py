@@ -45,14 +45,14 @@ def build_detector(
     Raises UserError for an unknown detector, backbone or option, and for fewer than one class.
     """
     from ssod.nn.backbone import Backbone
-    from ssod.nn.conv import fewer_products
+    from ssod.nn.conv import choose_forms
 
     cls = detector_class(name)
     if num_classes < 1:
         raise UserError(f"num_classes={num_classes} leaves nothing to detect: give at least 1 class.")
     parsed = _options(cls, name, options or {})
     detector = cls(num_classes, partial(Backbone, backbone, **body), parsed)
-    fewer_products(detector)
+    choose_forms(detector)
     detector.spec = {
         "name": name,
         "num_classes": num_classes,

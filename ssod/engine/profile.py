@@ -19,7 +19,7 @@ from ssod.detectors import DETECTORS, build_detector
 from ssod.detectors.base import Detector
 from ssod.modes import CheckConfig, TrainConfig
 from ssod.nn.precision import amp_dtype, autocast, lay_out
-from ssod.ops.winograd import plain_convolutions
+from ssod.ops.forms import plain_forms
 from ssod.structures import Instances, Pyramid
 from ssod.zoo.fetch import resolve
 
@@ -109,7 +109,7 @@ def operations(detector: Detector, images: Tensor) -> tuple[int, Pyramid]:
 
     images  uint8 [B, 3, H, W]
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_convolutions():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_forms():
         pyramid = detector.features(images)
         detector.decode(detector.head(pyramid))
     return counter.get_total_flops(), pyramid

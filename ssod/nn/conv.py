@@ -1,29 +1,46 @@
-"""Convolutions that are computed with fewer products where that is faster: see `ssod.ops.winograd`."""
+"""Convolutions and linear layers that are computed otherwise where that is faster on a CPU: see `ssod.ops.winograd` and
+`ssod.ops.products`."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ssod.ops.winograd import conv3x3, pays
+from ssod.ops import products, winograd
 
-STANDARD = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+UNIT = {"stride": (1, 1), "dilation": (1, 1), "groups": 1}
+KINDS = {  # what a convolution must be to take another form
+    3: {"kernel_size": (3, 3), "padding": (1, 1), **UNIT},
+    1: {"kernel_size": (1, 1), "padding": (0, 0), **UNIT},
+}
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, with the same values but for rounding; made by `fewer_products`."""
+    """torch's, with the same values but for rounding; made by `choose_forms`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.fits and pays(input, weight):
-            return conv3x3(input, weight, bias)
+        if self.is_kind(3) and winograd.pays(input, weight):
+            return winograd.conv3x3(input, weight, bias)
+        if self.is_kind(1) and products.pays_as_convolution(input, weight):
+            return products.convolve(input, weight, bias)
         return super()._conv_forward(input, weight, bias)
 
-    @property
-    def fits(self) -> bool:
-        return self.padding_mode == "zeros" and all(getattr(self, k) == v for k, v in STANDARD.items())
+    def is_kind(self, side: int) -> bool:
+        return self.padding_mode == "zeros" and all(getattr(self, k) == v for k, v in KINDS[side].items())
 
 
-def fewer_products(root: nn.Module) -> None:
-    """Let every convolution of `root` choose by the size of what it is given, in place."""
+class Linear(nn.Linear):
+    """torch's, with the same values but for rounding; made by `choose_forms`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if products.pays(input, self.weight):
+            return products.linear(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+def choose_forms(root: nn.Module) -> None:
+    """Let every convolution and linear layer of `root` choose by the size of what it is given, in place."""
     for module in root.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear

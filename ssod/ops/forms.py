@@ -1,4 +1,4 @@
-"""For what a graph is being made: the few operations that come in several forms ask here which one to take.
+"""Which form an operation takes: the few that come in several ask here what they are computed for.
 
 Eager code takes what is fastest on its device. A graph for `onnx` may hold NonMaxSuppression and RoiAlign; one for
 `tensorrt`, which has neither, gets forms made of gathers and arithmetic, equal in their numbers. A graph for
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from ssod.ops.host import on_device
 
 Target = Literal["onnx", "onnxruntime", "tensorrt"]
 _target: ContextVar[Target | None] = ContextVar("graph_target", default=None)
+_plain: ContextVar[bool] = ContextVar("plain_forms", default=False)
 
 
 @contextmanager
@@ -40,6 +42,27 @@ def graph_target() -> Target | None:
 def in_graph() -> bool:
     """Whether what is computed now becomes a graph: sizes may be symbols, and nothing may be cached by them."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or _target.get() is not None
+
+
+@contextmanager
+def plain_forms() -> Iterator[None]:
+    """Inside, convolutions and products are torch's own: to count operations as everybody does, or to compare."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def plain() -> bool:
+    """Whether convolutions and products must be torch's own: in `plain_forms`, or in a graph."""
+    return _plain.get() or in_graph()
+
+
+@cache
+def wide_vectors() -> bool:
+    """Whether this CPU has 512-bit vectors, and torch's kernels use them."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def extent(height: int, width: int, device: torch.device) -> Tensor:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from typing import Any
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssod.ops.forms import in_graph
+from ssod.ops.forms import plain, wide_vectors
 
 TILE, TAPS = 4, 3
 SIDE = TILE + TAPS - 1  # of the tile that is read
@@ -38,19 +36,6 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 LEAST_CHANNELS = 112  # harmonic mean of C and K
 LEAST_PLACES = 1500  # B * h * w: fewer do not pay for the kernel's change of basis
 PART = 1_200_000  # numbers in 36 x tiles x channels that are worked on at once: they should stay in the cache
-
-
-_plain: ContextVar[bool] = ContextVar("plain_convolutions", default=False)
-
-
-@contextmanager
-def plain_convolutions() -> Iterator[None]:
-    """Inside, every convolution is torch's own: to count operations as everybody does, or to compare."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
 
 
 def bases() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,9 +55,10 @@ def bases() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` is the faster way to convolve x [B, C, h, w] with weight [K, C, 3, 3]: float32 on an x86 CPU
-    (elsewhere nobody has measured), wide, and on large maps. Never while a graph is made, which has forms of its own.
+    (elsewhere nobody has measured) without 512-bit vectors, wide, and on large maps. With such vectors oneDNN's
+    convolutions are as fast as its products, or faster. Never while a graph is made, which has forms of its own.
     """
-    if in_graph() or _plain.get() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if plain() or wide_vectors() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     k, c = weight.shape[:2]
     wide = 2 * c * k >= LEAST_CHANNELS * (c + k)

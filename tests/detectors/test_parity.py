@@ -6,7 +6,7 @@ from torch import nn
 from torchvision_peers import FIRST_LABEL, LOSSES, MAX_DET, as_batch, copy_weights, in_our_words, peer_of, peer_targets
 
 from ssod.detectors import build_detector
-from ssod.ops.winograd import plain_convolutions
+from ssod.ops.forms import plain_forms
 from ssod.structures import Instances
 
 SHORT = 96  # the shorter side of every image: theirs resizes to it, so it changes none of these
@@ -28,7 +28,7 @@ TARGETS = [
 @pytest.fixture(autouse=True)
 def convolutions():
     """As theirs: Winograd's form rounds otherwise, and a random network magnifies it."""
-    with plain_convolutions():
+    with plain_forms():
         yield
 
 

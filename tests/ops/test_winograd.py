@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssod.ops import winograd
-from ssod.ops.forms import graph_for
-from ssod.ops.winograd import bases, conv3x3, pays, plain_convolutions
+from ssod.ops.forms import graph_for, plain_forms
+from ssod.ops.winograd import bases, conv3x3, pays
 
 
 def data(b=2, c=5, k=4, h=9, w=14, seed=0):
@@ -125,7 +125,9 @@ WIDE = {"c": 128, "k": 128, "h": 40, "w": 40}
 
 @pytest.fixture
 def on_x86(monkeypatch):
+    """Without 512-bit vectors."""
     monkeypatch.setattr(winograd.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(winograd, "wide_vectors", lambda: False)
 
 
 def test_it_pays_where_maps_are_wide_and_large(on_x86):
@@ -146,8 +148,11 @@ def test_it_does_not_where_something_else_computes(on_x86, monkeypatch):
     for target in ("onnx", "onnxruntime", "tensorrt"):
         with graph_for(target):
             assert not pays(x, weight)
-    with plain_convolutions():
+    with plain_forms():
         assert not pays(x, weight)
     assert pays(x, weight)
-    monkeypatch.setattr(winograd.platform, "machine", lambda: "arm64")
+    with monkeypatch.context() as patch:
+        patch.setattr(winograd.platform, "machine", lambda: "arm64")
+        assert not pays(x, weight)
+    monkeypatch.setattr(winograd, "wide_vectors", lambda: True)
     assert not pays(x, weight)
