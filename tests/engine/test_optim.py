@@ -15,7 +15,7 @@ from ssod.detectors import build_detector
 from ssod.engine.log import Averages, progress_text
 from ssod.engine.optim import build_optimizer, lr_at, put_back, set_lr
 from ssod.nn import precision
-from ssod.nn.precision import amp_dtype, lay_out
+from ssod.nn.precision import amp_dtype, autocast, lay_out
 from ssod.report.table import Table
 
 
@@ -109,14 +109,19 @@ def test_automatic_precision_avoids_bf16_for_depthwise_networks(monkeypatch: pyt
     assert amp_dtype("auto", cpu, plain) is None
 
 
-def test_kernels_and_their_gradients_share_a_layout_in_half_precision() -> None:
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, False), (torch.bfloat16, True), (None, True)])
+def test_kernels_and_their_gradients_share_a_layout(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, wide: bool
+) -> None:
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
     before = [p.clone() for p in net.parameters()]
+    monkeypatch.setattr(precision, "wide_vectors", lambda: False)
     lay_out(net, None)
     assert net[0].weight.is_contiguous()
-    lay_out(net, torch.bfloat16)
+    monkeypatch.setattr(precision, "wide_vectors", lambda: wide)
+    lay_out(net, dtype)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(dtype, torch.device("cpu")):
         net(torch.rand(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)).float().sum().backward()
     for kernel in (net[0].weight, net[2].weight):
         assert kernel.grad is not None
