@@ -32,6 +32,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "loader": ("bench_loader.py",),
     "export": ("bench_export.py",),
     "conv3x3": ("bench_conv3x3.py",),
+    "products": ("bench_products.py",),
     "eval": ("bench_eval.py",),
     "ema": ("bench_ema.py",),
     "start": ("bench_start.py",),
