@@ -168,7 +168,9 @@ def their_semi_step(name: str, student: nn.Module, task: Task) -> Step:
 def find(teacher: nn.Module, name: str, images: Tensor, tau: float) -> list[Instances]:
     """Their detections above tau."""
     if name in FIRST_LABEL:
-        return [Instances(d["boxes"], d["labels"] - FIRST_LABEL[name], d["scores"]) for d in teacher(list(images))]
+        return [
+            Instances(d["boxes"].float(), d["labels"] - FIRST_LABEL[name], d["scores"]) for d in teacher(list(images))
+        ]
     out, size, found = teacher(pixel_values=images), images.shape[-1], []
     for logits, boxes in zip(out.logits.float().sigmoid(), out.pred_boxes.float(), strict=True):
         scores, index = logits.flatten().topk(MAX_DET)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peers import DETECTORS, IOU, MAX_DET, set_limits, their_pixels
-from peers_semi import BOXES, find, flipped, mirrored, pair_of, threshold, view_of
+from peers_semi import BOXES, find, flipped, make_semi_step, mirrored, pair_of, threshold, view_of
 
 from ssod.ops.views import into_view
 
@@ -37,3 +37,9 @@ def test_pseudo_boxes(sides):
     weak = view_of(images)
     for a, b in zip(found, into_view(mine, weak, mirrored(weak)), strict=True):
         torch.testing.assert_close(flipped(a, SIZE).boxes.clamp(0, SIZE), b.boxes, atol=0.05, rtol=1e-3)
+
+
+@pytest.mark.parametrize("who", ["ours", "theirs"])
+def test_a_step_in_half_precision(who):
+    """Of the detector of theirs that finds boxes in half precision, which it does not take as targets."""
+    make_semi_step("faster_rcnn", who, "bf16 channels_last" if who == "theirs" else "bf16", 64, 1)()
