@@ -5,7 +5,9 @@ ssod/ops/winograd.py (torch: training, a checkpoint's predictions) and ssod/depl
 
 In onnxruntime a chain of three with a ReLU after each, as in a head (of one where the channels change), on one image;
 in torch one convolution, channels last for Winograd's form, forward alone and forward with all gradients. A ratio below
-1: Winograd's form is faster.
+1: Winograd's form is faster. In torch it is for CPUs without 512-bit vectors; others can be held to theirs:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python tests/bench/bench_conv3x3.py --only torch
 """
 
 from __future__ import annotations
