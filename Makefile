@@ -34,7 +34,7 @@ test-slim: $(READY)  ## exported models in an environment without torch, by the 
 test-docker: $(READY)  ## the commands of docker/Dockerfile without Docker: gigabytes of packages
 	$(BIN)/python -m pytest -m slow tests/test_docker.py
 
-bench: $(READY)  ## speed against peers, one table of ratios, kept in runs/bench; an idle machine, about an hour
+bench: $(READY)  ## speed against peers, one table of ratios, kept in runs/bench; an idle machine of 16 GB, for hours
 	$(BIN)/python tests/bench/bench.py
 
 lint: $(READY)

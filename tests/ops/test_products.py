@@ -5,18 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_forms import assert_float32_on_a_cpu_only, learned
 
 from ssod.ops import products
-from ssod.ops.forms import graph_for, plain_forms
 from ssod.ops.products import convolve, linear, pays, pays_as_convolution, product
 
 pytestmark = pytest.mark.skipif(not products._there(), reason="this torch has no oneDNN")
-
-
-def learned(compute, inputs, grad):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    out = compute(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 def assert_same(ours, expected):
@@ -131,16 +125,6 @@ def test_it_pays_where_there_is_enough_to_do(wide, monkeypatch):
 
 def test_it_does_not_where_something_else_computes(wide, monkeypatch):
     x, weight = torch.randn(256, 128), torch.randn(128, 128)
-    assert not pays(x.double(), weight.double())
-    assert not pays(x.bfloat16(), weight.bfloat16())
-    assert not pays(x.to("meta"), weight.to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not pays(x, weight)
-    for target in ("onnx", "onnxruntime", "tensorrt"):
-        with graph_for(target):
-            assert not pays(x, weight)
-    with plain_forms():
-        assert not pays(x, weight)
-    assert pays(x, weight)
+    assert_float32_on_a_cpu_only(pays, x, weight)
     monkeypatch.setattr(products, "_there", lambda: False)
     assert not pays(x, weight)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_forms import assert_float32_on_a_cpu_only, learned
 
 from ssod.ops import winograd
-from ssod.ops.forms import graph_for, plain_forms
 from ssod.ops.winograd import bases, conv3x3, pays
 
 
@@ -16,12 +16,6 @@ def data(b=2, c=5, k=4, h=9, w=14, seed=0):
     draw = torch.Generator().manual_seed(seed)
     shapes = (b, c, h, w), (k, c, 3, 3), (k,), (b, k, h, w)
     return [torch.randn(shape, generator=draw) for shape in shapes]
-
-
-def learned(convolve, inputs, grad):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    out = convolve(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 def exact(x, weight, bias, grad):
@@ -140,17 +134,7 @@ def test_it_pays_where_maps_are_wide_and_large(on_x86):
 
 def test_it_does_not_where_something_else_computes(on_x86, monkeypatch):
     x, weight, *_ = data(**WIDE)
-    assert not pays(x.double(), weight.double())
-    assert not pays(x.bfloat16(), weight.bfloat16())
-    assert not pays(x.to("meta"), weight.to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not pays(x, weight)
-    for target in ("onnx", "onnxruntime", "tensorrt"):
-        with graph_for(target):
-            assert not pays(x, weight)
-    with plain_forms():
-        assert not pays(x, weight)
-    assert pays(x, weight)
+    assert_float32_on_a_cpu_only(pays, x, weight)
     with monkeypatch.context() as patch:
         patch.setattr(winograd.platform, "machine", lambda: "arm64")
         assert not pays(x, weight)
