@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ssod.nn.frozen_norm import FrozenNorm
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -25,19 +27,21 @@ def ema_decay_at(step: int, decay: float) -> float:
 class Ema:
     """Moves `teacher` towards `student` in one fused call over cached tensor lists.
 
-    The lists hold the tensors themselves, so both models must be on their final device before the first update.
-    Integer buffers (batch-norm counters) are copied.
+    The lists hold the tensors themselves, so both models must be on their final device before it is made, and what
+    learns must be settled. Tensors that do not learn (frozen stages, frozen batch norms) and are equal already are left
+    out: their average is what they are. Integer buffers (batch-norm counters) are copied.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
-        pairs = list(zip(_tensors(teacher), _tensors(student), strict=True))
-        self._floats = [(t, s) for t, s in pairs if t.is_floating_point()]
+        own, fixed = _tensors(student), _fixed(student)
+        pairs = [(t, s) for t, s in zip(_tensors(teacher), own, strict=True) if id(s) not in fixed or not t.equal(s)]
+        floats = [(t.detach(), s.detach()) for t, s in pairs if t.is_floating_point()]
+        self._teacher, self._student = [t for t, _ in floats], [s for _, s in floats]
         self._others = [(t, s) for t, s in pairs if not t.is_floating_point()]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        teacher, student = [t for t, _ in self._floats], [s for _, s in self._floats]
-        torch._foreach_lerp_(teacher, student, 1 - decay)
+        torch._foreach_lerp_(self._teacher, self._student, 1 - decay)
         for t, s in self._others:
             t.copy_(s)
 
@@ -47,4 +51,10 @@ class Ema:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [p.detach() for p in model.parameters()] + list(model.buffers())
+    return [*model.parameters(), *model.buffers()]
+
+
+def _fixed(model: nn.Module) -> set[int]:
+    """Ids of the tensors that no training changes."""
+    frozen = [b for m in model.modules() if isinstance(m, FrozenNorm) for b in m.buffers()]
+    return {id(t) for t in [*frozen, *(p for p in model.parameters() if not p.requires_grad)]}

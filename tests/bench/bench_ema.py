@@ -3,8 +3,8 @@ step of training; and its optimizer's update, against the same optimizer as torc
 
     python tests/bench/bench_ema.py [--rounds 15] [--size 640]
 
-Both sides update the same number of tensors of the same networks, parameters and buffers. The step is the supervised
-one, forward, loss and backward, of two images, in fp32.
+Both sides have the same networks; the loop goes through all tensors, ours through those that learn. The step is the
+supervised one, forward, loss and backward, of two images, in fp32.
 """
 
 from __future__ import annotations

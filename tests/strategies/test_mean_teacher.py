@@ -8,7 +8,7 @@ from small import on_labeled, on_unlabeled
 
 from ssod.detectors import build_detector
 from ssod.errors import UserError
-from ssod.nn.ema import Ema, ema_decay_at, frozen_copy
+from ssod.nn.ema import frozen_copy
 from ssod.ops.pseudo import BINS, above, class_counts, ignore_within, matching_thresholds, score_histogram
 from ssod.strategies import build_strategy
 from ssod.strategies.base import Plan, Strategy
@@ -165,20 +165,6 @@ def test_a_missing_capability_is_named() -> None:
         ):
             build_strategy("x", detector(), {}, Plan(1, 0, 0.9))
         build_strategy("x", detector("faster_rcnn"), {}, Plan(1, 0, 0.9))
-
-
-def test_ema_by_hand() -> None:
-    student, teacher = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
-    with torch.no_grad():
-        teacher.weight.fill_(1.0)
-        student.weight.fill_(5.0)
-        student.running_mean.fill_(10.0)
-        student.num_batches_tracked.fill_(7)
-    Ema(teacher, student).update(0.75)
-    assert teacher.weight.item() == 2.0  # 0.75 * 1 + 0.25 * 5
-    assert teacher.running_mean.item() == 2.5  # 0.75 * 0 + 0.25 * 10
-    assert teacher.num_batches_tracked.item() == 7
-    assert [ema_decay_at(t, 0.9) for t in (0, 1, 8, 9, 100)] == pytest.approx([0, 0.5, 1 - 1 / 9, 0.9, 0.9])
 
 
 def test_pseudo_statistics_by_hand() -> None:
