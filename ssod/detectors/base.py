@@ -3,7 +3,8 @@
 features(images, sizes, shift=0) -> Pyramid
 head(pyramid)                    -> Output (typed, raw)
 loss(output, targets, weigh)     -> {name: scalar}
-decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality); `fixed` in fixed shapes
+decode(output, conf, iou, max_det) -> B Instances (boxes xyxy px, labels, scores, quality); `fixed` in fixed shapes,
+                                      `pseudo` where they are to teach
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class Detector(nn.Module):
     def decode(self, output: Any, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> list[Instances]:
         """Final detections of each image, by descending score, clipped to the image's valid size."""
         raise NotImplementedError
+
+    def pseudo(self, output: Any, conf: float, iou: float, max_det: int) -> list[Instances]:
+        """As `decode`, for detections that are to teach: the sure ones count, so fewer candidates may be looked at."""
+        return self.decode(output, conf, iou, max_det)
 
     def fixed(self, output: Any, conf: float = 0.05, iou: float = 0.6, max_det: int = 100) -> Detections:
         """As `decode`, in fixed shapes: what an exported graph computes."""

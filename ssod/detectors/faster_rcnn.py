@@ -21,6 +21,7 @@ from ssod.detectors.pyramid import BoxOptions, PyramidDetector, anchor_codec, ra
 from ssod.detectors.sampled import Sampled
 from ssod.errors import UserError
 from ssod.nn.backbone import Backbone, MakeBackbone, MissingStrides
+from ssod.nn.conv import LinearOfMaps
 from ssod.nn.dense_head import per_anchor
 from ssod.nn.fpn import FPN, PoolLevels
 from ssod.ops.anchors import AnchorGrid, ratio_cells
@@ -28,7 +29,6 @@ from ssod.ops.assign import IGNORED, PaddedTargets, assign_iou, pad_targets, sam
 from ssod.ops.boxes import clip, not_smaller
 from ssod.ops.codecs import L1Codec
 from ssod.ops.fixed import NEVER, Detections, best_of, fixed_detections, take_boxes
-from ssod.ops.forms import graph_target
 from ssod.ops.host import on_device, owners
 from ssod.ops.losses import weighted_sum
 from ssod.ops.roi import roi_features, roi_strides, rows_by_stride
@@ -62,6 +62,9 @@ class FasterRCNNOptions(BoxOptions):
     train_proposals: int = Field(2000, ge=1, description="proposals per image in the loss")
     test_pre_nms: int = Field(1000, ge=1, description="best anchors per level that enter the RPN's NMS elsewhere")
     test_proposals: int = Field(1000, ge=1, description="proposals per image elsewhere")
+    pseudo_proposals: int = Field(
+        300, ge=1, description="of those, the best that are looked at where detections are to teach"
+    )
     roi_samples: int = Field(512, ge=1, description="proposals per image in the RoI head's loss")
     roi_positive: float = Field(0.25, gt=0, le=1, description="largest share of foreground among them")
     roi_foreground: float = Field(0.5, ge=0, le=1, description="IoU from which a proposal is foreground")
@@ -102,7 +105,7 @@ class FasterRCNN(PyramidDetector):
         self.rpn_logits = nn.Conv2d(width, anchors, 1)
         self.rpn_codes = nn.Conv2d(width, anchors * self.codec.dim, 1)
 
-        self.fc1 = nn.Linear(width * ROI_SIZE**2, options.box_head_width)
+        self.fc1 = LinearOfMaps(width * ROI_SIZE**2, options.box_head_width)
         self.fc2 = nn.Linear(options.box_head_width, options.box_head_width)
         self.roi_logits = nn.Linear(options.box_head_width, num_classes + 1)
         self.roi_codes = nn.Linear(options.box_head_width, self.box_classes * self.roi_codec.dim)
@@ -145,8 +148,16 @@ class FasterRCNN(PyramidDetector):
 
         With `rank_by_quality`, score = sqrt(class probability * the codec's quality).
         """
+        return self._decode(output, self.proposals(output), conf, iou, max_det)
+
+    def pseudo(self, output: DenseOutput, conf: float, iou: float, max_det: int) -> list[Instances]:
+        best = [regions[: self.options.pseudo_proposals] for regions in self.proposals(output)]
+        return self._decode(output, best, conf, iou, max_det)
+
+    def _decode(
+        self, output: DenseOutput, regions: list[Tensor], conf: float, iou: float, max_det: int
+    ) -> list[Instances]:
         with full_precision(output.logits):
-            regions = self.proposals(output)
             image = _image_of(regions)
             logits, codes = self._region_head(output.pyramid, torch.cat(regions), image)
             anchors = torch.cat(regions).unsqueeze(1)  # [M, 1, 4]
@@ -303,14 +314,6 @@ class FasterRCNN(PyramidDetector):
             "box": box * self.options.box_loss_weight / candidates.divisor,
         }
 
-    def _first(self, pooled: Tensor) -> Tensor:
-        """The first layer: [M, C, 7, 7] -> [M, width]. In a graph for onnxruntime features come channels last and stay
-        so: it is the weights that are sorted anew, once, and not 50 MB of features for each image."""
-        if graph_target() != "onnxruntime":
-            return self.fc1(pooled.flatten(1))
-        weight = self.fc1.weight.view(-1, *pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return F.linear(pooled.permute(0, 2, 3, 1).flatten(1), weight, self.fc1.bias)
-
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, times (1 - p)^gamma of the right class's probability: [M, K + 1], int64 [M] -> [M]."""
         surprise = F.cross_entropy(logits, labels, reduction="none")
@@ -338,7 +341,7 @@ class FasterRCNN(PyramidDetector):
         pooled = roi_features(maps, boxes, image, ROI_SIZE, of_stride)  # [M, C, 7, 7]
         # The wide layers compute in the precision of the features, whatever the caller's autocast is by now.
         with torch.autocast(like.device.type, like.dtype, enabled=like.dtype != torch.float32):
-            hidden = self.fc2(self._first(pooled).relu()).relu()
+            hidden = self.fc2(self.fc1(pooled).relu()).relu()
             logits, codes = self.roi_logits(hidden), self.roi_codes(hidden)
         return logits.float(), codes.float().unflatten(1, (self.box_classes, self.roi_codec.dim))
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssod.ops import products, winograd
+from ssod.ops.forms import graph_target, in_graph
 
 UNIT = {"stride": (1, 1), "dilation": (1, 1), "groups": 1}
 KINDS = {  # what a convolution must be to take another form
@@ -32,9 +34,33 @@ class Linear(nn.Linear):
     """torch's, with the same values but for rounding; made by `choose_forms`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if products.pays(input, self.weight):
-            return products.linear(input, self.weight, self.bias)
-        return super().forward(input)
+        return _linear(input, self.weight, self.bias)
+
+
+class LinearOfMaps(nn.Linear):
+    """A linear layer of flattened maps: [M, C, h, w] -> [M, K], weights [K, C * h * w].
+
+    Either maps that lie channels last are sorted before they can be flattened, or the weights are sorted as the maps
+    lie. A graph for onnxruntime does the latter, where weights are sorted once and for all.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.sorts(input):
+            return _linear(input.flatten(1), self.weight, self.bias)
+        weight = self.weight.view(-1, *input.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return _linear(input.permute(0, 2, 3, 1).flatten(1), weight, self.bias)
+
+    def sorts(self, input: Tensor) -> bool:
+        """Whether the weights are sorted: outside of graphs where they are at most half as many as the features."""
+        if in_graph():
+            return graph_target() == "onnxruntime"
+        return len(input) >= 2 * len(self.weight) and input.permute(0, 2, 3, 1).is_contiguous()
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if products.pays(input, weight):
+        return products.linear(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def choose_forms(root: nn.Module) -> None:

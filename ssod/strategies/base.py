@@ -187,7 +187,7 @@ class Strategy(nn.Module):
         """What one of the networks detects in a view above conf, in its pixels, as this strategy makes pseudo boxes of
         it: with its NMS, and the scores that its thresholds are held against. For those who watch: changes nothing,
         where `by` is in eval mode."""
-        return by.decode(by.head(by.features(view.images, view.sizes)), conf=conf, iou=0.6, max_det=100)
+        return by.pseudo(by.head(by.features(view.images, view.sizes)), conf=conf, iou=0.6, max_det=100)
 
     def thresholds_in_force(self) -> Tensor | None:
         """The score [K] from which a box of each class is a pseudo box as things stand; None where there is no such

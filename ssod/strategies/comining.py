@@ -116,7 +116,7 @@ class CoMining(Strategy):
             for view in views:
                 output = self.student_output(view)
                 sure = confident(self.student, output, o.tau, o.theta1, o.max_boxes)
-                every = self.student.decode(output, FLOOR, o.theta1, o.max_boxes)
+                every = self.student.pseudo(output, FLOOR, o.theta1, o.max_boxes)
                 out += map(self._verdict, sure, every, view.targets, self._unmined(view, step))
         return out
 
@@ -188,10 +188,10 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
     know class scores of regions only, so theirs are those that they report.
     """
     if isinstance(detector, HasRegions):
-        return detector.decode(output, tau, theta1, most)
+        return detector.pseudo(output, tau, theta1, most)
     if isinstance(detector, HasSlots):
         every = detector.slots(output).logits[-1, 0].numel()  # not cut off before the NMS
-        found = detector.decode(output, tau, theta1, every)
+        found = detector.pseudo(output, tau, theta1, every)
         valid = pad_sequence([f.labels >= 0 for f in found], batch_first=True)
         boxes, score, labels = (
             pad_sequence(each, batch_first=True)
@@ -201,7 +201,7 @@ def confident(detector: Detector, output: Any, tau: float, theta1: float, most: 
     assert isinstance(output, DenseOutput)
     bound = torch.tensor(tau).logit().item()
     sure = output.logits.masked_fill(output.logits <= bound, -torch.inf)
-    return detector.decode(replace(output, logits=sure), 0.0, theta1, most)
+    return detector.pseudo(replace(output, logits=sure), 0.0, theta1, most)
 
 
 def unannotated(found: list[Instances], annotated: list[Instances], theta2: float) -> list[Instances]:

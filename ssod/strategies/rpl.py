@@ -103,7 +103,7 @@ class RPL(TeacherStudent):
         """What the teacher, or both together, make of their raw outputs; scores are what `threshold_on` says."""
         found = []
         for (_, teacher), output in zip(self.pairs(), seen, strict=True):
-            detections = teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+            detections = teacher.pseudo(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
             found.append([self._confident(d) for d in detections])
         return found[0] if len(found) == 1 else fuse(found, conf, self.options.nms, self.options.max_boxes)
 

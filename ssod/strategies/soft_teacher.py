@@ -73,7 +73,7 @@ class SoftTeacher(TeacherStudent):
         """Steady ones have a `box_weight` of 1; which are depends on copies that are drawn alike at every call."""
         seen = by.head(by.features(view.images, view.sizes))
         conf = min(FLOOR, self.lowest())
-        every = by.decode(seen, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+        every = by.pseudo(seen, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
         certain = [f[scores(f) > self.lowest()] for f in every]  # the first ones
         generator = torch.Generator(view.images.device).manual_seed(0)
         steady = [_steady(m) for m in self.mark_steady(seen, certain, by, generator)]

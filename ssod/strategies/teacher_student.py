@@ -76,12 +76,12 @@ class TeacherStudent(Strategy):
     @torch.no_grad()
     def decode(self, output: Any, conf: float) -> list[Instances]:
         """Detections of the teacher's raw output that score above conf, by descending score, without gradient."""
-        return self.teacher.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+        return self.teacher.pseudo(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
 
     @torch.no_grad()
     def label(self, view: View, conf: float, by: Detector) -> list[Instances]:
         output = by.head(by.features(view.images, view.sizes))
-        return by.decode(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
+        return by.pseudo(output, conf=conf, iou=self.options.nms, max_det=self.options.max_boxes)
 
     def to_strong(self, batch: SemiBatch, detections: list[Instances]) -> list[Instances]:
         """Detections in the weak view -> in the strong view's pixels, with their scores, quality and weights; those

@@ -49,3 +49,27 @@ def test_fixed_equals_decode(name, options, target):
         near[fixed.labels[b, :n, None] != found.labels] = torch.inf
         assert (near.amin(dim=1) < 1e-2).all()
         assert (near.amin(dim=0) < 1e-2).all()
+
+
+@pytest.mark.parametrize("few", [20, 1000])
+@torch.no_grad()
+def test_what_is_to_teach_comes_from_the_best_regions(few):
+    images = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    asked = lively("faster_rcnn", {"test_proposals": few})(images, None, 0.1, 0.5, 50)
+    model = lively("faster_rcnn", {"pseudo_proposals": few})
+    output = model.head(model.features(images))
+    every = model.decode(output, 0.1, 0.5, 50)
+    for own, expected, detected in zip(model.pseudo(output, 0.1, 0.5, 50), asked, every, strict=True):
+        assert len(own)
+        torch.testing.assert_close(own.boxes, expected.boxes)
+        torch.testing.assert_close(own.scores, expected.scores)
+        assert own.boxes.equal(detected.boxes) == (few == 1000)
+
+
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "deformable_detr"])
+@torch.no_grad()
+def test_detectors_of_one_stage_teach_what_they_detect(name):
+    model = lively(name, {})
+    output = model.head(model.features(torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))))
+    for own, detected in zip(model.pseudo(output, 0.1, 0.5, 50), model.decode(output, 0.1, 0.5, 50), strict=True):
+        assert own.boxes.equal(detected.boxes)

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssod.detectors import build_detector
 from ssod.engine.profile import operations
-from ssod.nn.conv import Conv2d, Linear, choose_forms
+from ssod.nn.conv import Conv2d, Linear, LinearOfMaps, choose_forms
 from ssod.nn.frozen_norm import FoldedConv2d
 from ssod.ops import products, winograd
-from ssod.ops.forms import plain_forms
+from ssod.ops.forms import graph_for, plain_forms
 
 
 @pytest.fixture
@@ -199,3 +199,27 @@ def test_compiled_and_traced_networks_hold_linear_layers(multiplied):
     exported = torch.export.export(net, (x,))
     assert [str(n.target) for n in exported.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
     assert not multiplied
+
+
+@pytest.mark.parametrize(("rows", "last", "sorts"), [(8, True, True), (7, True, False), (8, False, False)])
+def test_a_layer_of_flattened_maps_multiplies_them_as_they_lie(rows, last, sorts):
+    torch.manual_seed(0)
+    layer = LinearOfMaps(3 * 2 * 5, 4)
+    layout = torch.channels_last if last else torch.contiguous_format
+    maps = torch.randn(rows, 3, 2, 5).to(memory_format=layout).requires_grad_()
+    assert layer.sorts(maps) == sorts
+    with graph_for("onnx"):
+        assert not layer.sorts(maps)
+    with graph_for("onnxruntime"):
+        assert layer.sorts(maps)
+
+    def learn(function):
+        layer.zero_grad()
+        maps.grad = None
+        out = function(maps)
+        out.square().sum().backward()
+        return out.detach(), maps.grad, layer.weight.grad, layer.bias.grad
+
+    plain = learn(lambda x: nn.functional.linear(x.flatten(1), layer.weight, layer.bias))
+    for own, expected in zip(learn(layer), plain, strict=True):
+        torch.testing.assert_close(own, expected)
