@@ -66,15 +66,14 @@ def region_background(teacher: HasRegions, view: WeakView, candidates: Candidate
 @torch.no_grad()
 def region_reliability(teacher: HasRegions, view: WeakView, candidates: Candidates) -> Tensor:
     """Eq. 12 for foreground candidates, max_c p_T(c) * s_loc_T, and Eq. 13 for the others, p_T(background): [M]."""
-    foreground = candidates.matched >= 0
-    out = region_background(teacher, view, candidates, ~foreground)
-    rows, boxes = view.mapped(candidates, foreground)
-    if len(torch.cat(rows)):
-        for own, judged in zip(rows, teacher.refine(view.output, boxes), strict=True):
-            assert judged.scores is not None
-            assert judged.quality is not None
-            out[own] = judged.scores * judged.quality
-    return out
+    by_image, boxes = view.mapped(candidates, torch.ones_like(candidates.image, dtype=torch.bool))
+    rows, said = torch.cat(by_image), teacher.read(view.output, boxes)
+    assert said.quality is not None
+    probability = said.logits.softmax(dim=1)  # [M, K + 1]
+    is_object = probability.gather(1, said.labels.unsqueeze(1)).squeeze(1) * said.quality
+    return torch.zeros_like(is_object).index_copy(
+        0, rows, is_object.where(candidates.matched[rows] >= 0, probability[:, -1])
+    )
 
 
 @torch.no_grad()

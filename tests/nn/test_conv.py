@@ -188,6 +188,7 @@ def test_compiled_and_traced_networks_hold_convolutions(calls):
     assert "aten::_convolution" in str(traced.inlined_graph)
     exported = torch.export.export(net, (x,))
     assert [str(n.target) for n in exported.graph.nodes if n.op == "call_function"] == ["aten.conv2d.default"]
+    torch.compile(net, backend="eager", fullgraph=True)(x)
     assert not calls
 
 
@@ -198,6 +199,7 @@ def test_compiled_and_traced_networks_hold_linear_layers(multiplied):
     assert "aten::linear" in str(torch.jit.trace(net, x, check_trace=False).inlined_graph)
     exported = torch.export.export(net, (x,))
     assert [str(n.target) for n in exported.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
+    torch.compile(net, backend="eager", fullgraph=True)(x)
     assert not multiplied
 
 
