@@ -42,7 +42,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 def pays_as_convolution(x: Tensor, weight: Tensor) -> bool:
     """The same of `convolve`, x [B, C, h, w] and weight [K, C, 1, 1]."""
-    return torch.get_num_threads() == 1 and pays(x, weight)
+    return pays(x, weight) and torch.get_num_threads() == 1  # in this order: torch.compile cannot count threads
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

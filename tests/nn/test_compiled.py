@@ -15,7 +15,7 @@ from ssod.detectors import build_detector
 from ssod.detectors.base import Detector
 from ssod.engine.trainer import SemiTrainer
 from ssod.errors import UserError
-from ssod.nn.compiled import compile_networks
+from ssod.nn.compiled import FORMS, _parts, compile_networks
 from ssod.structures import Instances
 
 CPU = torch.device("cpu")
@@ -35,6 +35,22 @@ def losses_and_gradient(network: Detector, images: Tensor) -> tuple[list[float],
     torch.stack(list(losses.values())).sum().backward()
     gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
     return [float(v) for v in losses.values()], torch.cat(gradients)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch._dynamo.config.patch(recompile_limit=FORMS)
+def test_each_part_is_one_graph(name: str) -> None:
+    """Where the compiler must hand back to Python a part falls into pieces, at worst one a layer, without a word."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    network = build_detector(name, 3, "mobilenetv2_100", SMALL[name])
+    for part in _parts(network):
+        part.compile(backend="eager")  # traced as ever, and then run as it is
+    losses_and_gradient(network, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert counters["stats"]["unique_graphs"] >= 6
+    # On a CPU deformable attention stays as it is, on purpose: the compiler's form of it is slower.
+    assert [why for why in counters["graph_break"] if "_bags" not in why] == []
 
 
 @pytest.mark.slow
