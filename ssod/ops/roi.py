@@ -80,7 +80,7 @@ def _by_operator(
 
 def _by_pixels(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
     table, pixel, weight = _recipe(maps, boxes, image, size)
-    cells = _WeightedRows.apply(table, pixel.int(), weight.to(table.dtype))
+    cells = _WeightedRows.apply(table, pixel, weight.to(table.dtype))
     return cells.view(boxes.shape[0], size, size, table.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -93,7 +93,7 @@ def _by_gathers(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int
 
 
 def _recipe(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What each of the n = M * size^2 cells is made of: all pixels as rows [T, C], TAPS of them int64 [n, TAPS] and
+    """What each of the n = M * size^2 cells is made of: all pixels as rows [T, C], TAPS of them int32 [n, TAPS] and
     how much of each, float32 [n, TAPS]."""
     strides = list(maps)
     batch, channels = next(iter(maps.values())).shape[:2]
@@ -110,10 +110,19 @@ def _recipe(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) ->
     row, row_weight = _taps(y1, y2, height, size)  # [M, size, 2 * SAMPLING] each
     column, column_weight = _taps(x1, x2, width, size)
 
-    pixel = origin[:, None, None] + row * width[:, None, None]
-    pixel = pixel[:, :, None, :, None] + column[:, None, :, None, :]  # [M, size, size, 4, 4]
-    weight = row_weight[:, :, None, :, None] * column_weight[:, None, :, None, :]
-    return table, pixel.reshape(-1, TAPS), weight.reshape(-1, TAPS)
+    first = origin[:, None, None] + row * width[:, None, None]  # the pixel at the left end of each row
+    of_row, of_column = _pairs(first.int(), column.int())
+    row_part, column_part = _pairs(row_weight, column_weight)
+    return table, (of_row + of_column).view(-1, TAPS), (row_part * column_part).view(-1, TAPS)
+
+
+def _pairs(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row of each cell beside every column of it, [M, size, 4] each -> [M, size, 1, TAPS] and
+    [M, 1, size, TAPS]. Written out: torch takes three to four times as long where it goes through four numbers at a time."""
+    count = 2 * SAMPLING
+    every_row = rows.unsqueeze(3).expand(-1, -1, -1, count).flatten(2)
+    every_column = columns.unsqueeze(2).expand(-1, -1, count, -1).flatten(2)
+    return every_row.unsqueeze(2), every_column.unsqueeze(1)
 
 
 def _taps(low: Tensor, high: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
