@@ -118,7 +118,7 @@ def _recipe(maps: dict[int, Tensor], boxes: Tensor, image: Tensor, size: int) ->
 
 def _pairs(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Every row of each cell beside every column of it, [M, size, 4] each -> [M, size, 1, TAPS] and
-    [M, 1, size, TAPS]. Written out: torch takes three to four times as long where it goes through four numbers at a time."""
+    [M, 1, size, TAPS]. Written out: where torch goes through four numbers at a time it takes three times as long."""
     count = 2 * SAMPLING
     every_row = rows.unsqueeze(3).expand(-1, -1, -1, count).flatten(2)
     every_column = columns.unsqueeze(2).expand(-1, -1, count, -1).flatten(2)
