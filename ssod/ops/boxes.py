@@ -44,13 +44,13 @@ def not_smaller(boxes: Tensor, side: float) -> Tensor:
 
 def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
     """Overlap of every pair: [..., N, 4] and [..., M, 4] -> [..., N, M], 0 where the union is empty."""
-    inter, union = _inter_union(a.unsqueeze(-2), b.unsqueeze(-3))
+    inter, union = inter_union(a.unsqueeze(-2), b.unsqueeze(-3))
     return torch.where(union > 0, inter / union, torch.zeros_like(union))
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Overlap of each pair, 0 .. 1, 0 where both are empty: [M, 4] and [M, 4] -> [M]."""
-    inter, union = _inter_union(a, b)
+    inter, union = inter_union(a, b)
     return inter / (union + EPS)
 
 
@@ -60,7 +60,7 @@ def giou_loss(a: Tensor, b: Tensor) -> Tensor:
     GIoU = IoU - (hull - union) / hull, hull = area of the smallest box around both
     (Rezatofighi et al., "Generalized Intersection over Union", 2019, Algorithm 1).
     """
-    inter, union = _inter_union(a, b)
+    inter, union = inter_union(a, b)
     top_left = torch.minimum(a[..., :2], b[..., :2])
     bottom_right = torch.maximum(a[..., 2:], b[..., 2:])
     hull = (bottom_right - top_left).prod(dim=-1)
@@ -76,7 +76,7 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tens
     return batched_nms(boxes, scores, groups, threshold)
 
 
-def _inter_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def inter_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     inter = sides.clamp(min=0).prod(dim=-1)
     return inter, area(a) + area(b) - inter

@@ -1,8 +1,9 @@
 """Non-maximum suppression of a whole batch, which waits for a GPU once or twice and not once an image.
 
-A CPU takes torchvision's operator, image by image. On a GPU the greedy choice is found as what no longer changes when
-every box is kept that no kept box of higher score suppresses: the same boxes (Cluster-NMS, Zheng et al., 2020,
-Proposition 1), all images and groups at once.
+On a GPU the greedy choice is found as what no longer changes when every box is kept that no kept box of higher score
+suppresses: the same boxes (Cluster-NMS, Zheng et al., 2020, Proposition 1), all images and groups at once. A CPU does
+so for the thousands of boxes of an RPN, with pairs of boxes near each other in the place of all pairs; for others it
+takes torchvision's operator, image by image.
 
 Letters: B images, N boxes of each, L levels, n boxes that are compared with each other.
 """
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.ops.boxes import iou_matrix, nms
+from ssod.ops.near_pairs import overlapping_pairs
 
 # Each pass settles boxes one link further down a chain of boxes that suppress one another; few chains are longer.
 PASSES = 20
 PAIRS = 2**25  # compared at once: 128 MB for a number of each
 FEW = 256  # boxes of an image that are compared without asking how many there are: sure ones, as pseudo boxes come from
+IN_CACHE = 5000  # boxes of all images that a CPU looks at together: what it knows of their pairs stays in its cache
 LARGEST = 6000  # boxes of an image above their threshold, as of a network that knows nothing yet
 
 
@@ -39,10 +42,8 @@ def nms_levels(
     boxes: Tensor, scores: Tensor, lengths: list[int], valid: Tensor, threshold: float, most: int
 ) -> list[Tensor]:
     """As `nms_batch`, of groups that follow one another, of `lengths` boxes each by descending score."""
-    if boxes.device.type != "cpu":
-        return _levels_together(boxes, scores, lengths, valid, threshold, most)
-    group = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return _one_by_one(boxes, scores, group.expand(scores.shape), valid, threshold, most)
+    take = _levels_by_pairs if boxes.device.type == "cpu" else _levels_together
+    return take(boxes, scores, lengths, valid, threshold, most)
 
 
 def _one_by_one(
@@ -52,6 +53,30 @@ def _one_by_one(
     for b in range(len(boxes)):
         there = valid[b].nonzero().squeeze(1)
         found.append(there[nms(boxes[b, there], scores[b, there], groups[b, there], threshold)[:most]])
+    return found
+
+
+def _levels_by_pairs(
+    boxes: Tensor, scores: Tensor, lengths: list[int], valid: Tensor, threshold: float, most: int
+) -> list[Tensor]:
+    groups = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    step = max(1, IN_CACHE // max(1, boxes.shape[1]))
+    found = []
+    for rows in (slice(i, i + step) for i in range(0, len(boxes), step)):
+        some, score, there = boxes[rows], scores[rows], valid[rows]
+        pairs = overlapping_pairs(some, groups, there, threshold)
+        if pairs is None:
+            found += _one_by_one(some, score, groups.expand(score.shape), there, threshold, most)
+            continue
+        before, behind = pairs  # each level's boxes stand by descending score
+        keep = usable = there.flatten()
+        while True:
+            last, keep = keep, usable.index_fill(0, behind[keep.index_select(0, before)], False)
+            if keep.equal(last):
+                break
+        keep = keep.view(score.shape)
+        ranked = score.where(keep, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        found += [best[: min(n, most)] for best, n in zip(ranked, keep.sum(dim=1).tolist(), strict=True)]
     return found
 
 

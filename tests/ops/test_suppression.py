@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssod.ops import suppression
+from ssod.ops import near_pairs, suppression
 from ssod.ops.suppression import _batch_together, _levels_together, _one_by_one, nms_batch, nms_levels
 
 
@@ -36,7 +36,10 @@ def test_all_images_at_once_are_those_one_by_one(threshold: float, most: int) ->
     assert [t.tolist() for t in nms_batch(*given, threshold, most)] == [s.tolist() for s in single]
 
 
-def test_levels_of_several_lengths_are_groups() -> None:
+@pytest.mark.parametrize("limit", [2**22, 100])
+def test_levels_of_several_lengths_are_groups(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_pairs, "MOST", limit)
+    monkeypatch.setattr(suppression, "IN_CACHE", 300)  # two images at once, then one
     boxes, scores, _, valid = scene(1, 3, 150)
     lengths = [80, 50, 20]
     scores = torch.cat([s.sort(dim=1, descending=True).values for s in scores.split(lengths, dim=1)], dim=1)
