@@ -28,7 +28,7 @@ DETECTORS = {
     "faster_rcnn": Detector(41_699_936, 153.6e9, 2.529),
     "deformable_detr": Detector(41_161_740, 162.6e9, 4.673),
 }
-SEMI = 2.46  # measured: a step of mean_teacher on 4 + 4 images by a supervised one on 4, docs/performance.md
+SEMI = 2.25  # measured: a step of mean_teacher on 4 + 4 images by a supervised one on 4, docs/performance.md
 PAIRS = 386  # measured: weak and strong pairs a second and core, 640 x 480 JPEGs, docs/performance.md
 ONNX = 0.148  # measured: seconds of an image, FCOS in onnxruntime, 320 px, one thread, docs/performance.md
 LISTED = 16e-6  # measured: seconds a path of the plan of `ssod label`, docs/label.md

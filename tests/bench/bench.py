@@ -22,9 +22,9 @@ from common import HEADER, Row, where
 
 HERE = Path(__file__).parent
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "deformable_detr")
-# Arms of the grid that a detector can have without options of its own.
+# Arms of the grid that say nothing of which detector they are for; the grid's own is Faster R-CNN.
 ARMS = dict.fromkeys(DETECTORS, ("mean_teacher", "unbiased_teacher"))
-ARMS["faster_rcnn"] = (*ARMS["faster_rcnn"], "soft_teacher")
+ARMS["faster_rcnn"] = (*ARMS["faster_rcnn"], "soft_teacher", "rpl", "prc", "sed", "lsm")
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "step": ("bench_step.py",),
     "semi": ("bench_step.py", "--semi", "--rounds", "3"),
