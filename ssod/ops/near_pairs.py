@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ssod.ops.boxes import inter_union
 
-MOST = 2**22  # pairs that are looked at, 34 MB for a number of each; beyond them comparing all takes no longer
+# Boxes near one, on average, that are looked at. Where there are more they lie in heaps, of which few are kept, and to
+# compare these with all is faster.
+MOST = 120
 ROUNDING = 1.00001
 
 
@@ -23,7 +25,7 @@ def overlapping_pairs(boxes: Tensor, groups: Tensor, valid: Tensor, threshold: f
     """Pairs of valid boxes of one image and group whose IoU is above `threshold`, in no order.
 
     boxes [B, N, 4] xyxy, groups int64 [N] from 0, valid bool [B, N]; threshold above 0
-    Returns int64 [2, n], indices into all B * N boxes, the smaller one first; None where too many lie near each other.
+    Returns int64 [2, n], indices into all B * N boxes, the smaller one first; None where they lie in heaps.
     """
     box, usable = boxes.where(valid.unsqueeze(-1), 0.0).flatten(0, 1), valid.flatten()
     center, side = (box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2]
@@ -40,7 +42,7 @@ def overlapping_pairs(boxes: Tensor, groups: Tensor, valid: Tensor, threshold: f
     rank = torch.arange(len(place), dtype=torch.int32)
     after = (torch.searchsorted(place, place + reach[:, 0], right=True, out_int32=True) - rank - 1).clamp(min=0)
     ends = after.cumsum(0)
-    if ends[-1] > MOST:
+    if ends[-1] > MOST * len(rank):
         return None
     left = rank.repeat_interleave(after)
     first = (rank + 1 + after - ends).int()  # of each box: what makes the place in the list the rank of its partner

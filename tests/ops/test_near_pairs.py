@@ -73,5 +73,5 @@ def test_what_is_no_box_has_no_partner() -> None:
 def test_a_heap_of_boxes_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, groups, valid = scene(0, 1, 50, 0.0, 1.0)
     assert overlapping_pairs(boxes, groups, valid, 0.1) is not None
-    monkeypatch.setattr(near_pairs, "MOST", 20)
+    monkeypatch.setattr(near_pairs, "MOST", 0.4)
     assert overlapping_pairs(boxes, groups, valid, 0.1) is None
