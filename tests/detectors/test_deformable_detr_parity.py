@@ -17,6 +17,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 from ssod.detectors import build_detector
 from ssod.detectors.names_transformers import backbone_name, from_transformers, loss_options
 from ssod.errors import UserError
+from ssod.ops.forms import plain_forms
 from ssod.ops.set_matching import to_centers
 from ssod.structures import Instances
 
@@ -251,7 +252,8 @@ def test_the_published_size(form):
     images = torch.rand(2, 3, 256, 288, generator=torch.Generator().manual_seed(1))
     sizes = torch.tensor([[256, 200], [180, 288]])
     theirs = peer(**peer_inputs(ours, images, sizes), labels=peer_labels(TARGETS, sizes))
-    output = ours.head(ours.features(images, sizes))
+    with plain_forms():  # of 300 proposals some score alike: rounding otherwise, two of them may change places
+        output = ours.head(ours.features(images, sizes))
     torch.testing.assert_close(output.logits[-1], theirs.logits, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(output.boxes[-1], theirs.pred_boxes, atol=1e-4, rtol=1e-3)
     assert sum(ours.loss(output, TARGETS).values()).item() == pytest.approx(theirs.loss.item(), rel=1e-4)
