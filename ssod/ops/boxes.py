@@ -77,6 +77,7 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tens
 
 
 def inter_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union, square pixels: xyxy boxes [..., 4] and [..., 4] -> [...] each, broadcast."""
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     inter = sides.clamp(min=0).prod(dim=-1)
     return inter, area(a) + area(b) - inter
